@@ -1,0 +1,9 @@
+"""Operators: one public function each, in front of a reference, a CPU and a GPU engine.
+
+``backend="auto"`` always works; an engine asked for by name that cannot run raises and says why;
+:func:`explain_backend` answers "why so slow?".
+"""
+
+from dynakern.ops.dispatch import Backend, Choice, explain_backend
+
+__all__ = ["Backend", "Choice", "explain_backend"]
