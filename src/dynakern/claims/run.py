@@ -18,7 +18,7 @@ __all__ = ["ClaimResult", "Measurement", "NotMeasurable", "Progress", "run_claim
 Progress = Callable[[str, float], None]
 
 
-class NotMeasurable(RuntimeError):  # noqa: N818 - a state of the machine, not a fault
+class NotMeasurable(RuntimeError):
     """The claim cannot be measured here: data, an extra or a device is missing. The message names it."""
 
 

@@ -46,7 +46,7 @@ class Choice:
         return f"{self.operator}: {self.engine} ({self.reason})"
 
 
-class _Explained(Exception):  # noqa: N818 - control flow, not an error
+class _Explained(Exception):
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
 
