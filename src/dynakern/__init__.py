@@ -17,16 +17,32 @@ if TYPE_CHECKING:
     from dynakern import checks, claims, compare, data, layers, measure, ops, sequence, tasks, testing, train
     from dynakern.models import create_model, list_models, load_official, model_info
 
-_MODULES = ("checks", "claims", "compare", "data", "layers", "measure", "ops", "sequence", "tasks", "testing", "train")
-_FUNCTIONS = ("create_model", "list_models", "load_official", "model_info")
+__all__ = [
+    "__version__",
+    "checks",
+    "claims",
+    "compare",
+    "create_model",
+    "data",
+    "layers",
+    "list_models",
+    "load_official",
+    "measure",
+    "model_info",
+    "ops",
+    "sequence",
+    "tasks",
+    "testing",
+    "train",
+]
 
-__all__ = ["__version__", *_MODULES, *_FUNCTIONS]  # pyright: ignore[reportUnsupportedDunderAll]
+_FUNCTIONS = ("create_model", "list_models", "load_official", "model_info")
 
 
 def __getattr__(name: str) -> object:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module("dynakern.models"), name)
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"dynakern.{name}")
     raise AttributeError(f"module 'dynakern' has no attribute {name!r}")
 

@@ -5,5 +5,6 @@
 """
 
 from dynakern.ops.dispatch import Backend, Choice, explain_backend
+from dynakern.ops.fft_conv import fft_conv
 
-__all__ = ["Backend", "Choice", "explain_backend"]
+__all__ = ["Backend", "Choice", "explain_backend", "fft_conv"]

@@ -1,0 +1,134 @@
+"""TimesNet: the merged and cropped convolution against six parallel ones, forward and backward, as the paper writes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.nn.functional as F
+from harness import Case, main
+from torch import Tensor, nn
+
+from dynakern.measure import time_interleaved
+from dynakern.sequence.timesnet import InceptionConv2d, TimesBlock
+from dynakern.testing import assert_same
+
+B, NARROW, WIDE, KERNELS = 32, 16, 32, 6
+
+
+class PaperInception(nn.Module):
+    """Mean of K convolutions, each computed: the equation as printed."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_kernels: int) -> None:
+        super().__init__()
+        self.kernels = nn.ModuleList(
+            nn.Conv2d(in_channels, out_channels, 2 * j + 1, padding=j) for j in range(num_kernels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([kernel(x) for kernel in self.kernels], dim=-1).mean(-1)
+
+
+class PaperBlock(nn.Module):
+    """TimesBlock as printed: each of the k periods is folded in (B, C, H, W) memory and convolved."""
+
+    def __init__(self, d_model: int, d_ff: int, top_k: int, num_kernels: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.conv = nn.Sequential(
+            PaperInception(d_model, d_ff, num_kernels), nn.GELU(), PaperInception(d_ff, d_model, num_kernels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        amplitude = torch.fft.rfft(x, dim=1).abs()
+        score = amplitude.mean((0, 2)).detach()
+        score[0] = 0
+        frequencies = score.topk(self.top_k).indices
+        results = []
+        for f in frequencies.tolist():
+            period = length // f
+            padded = F.pad(x, (0, 0, 0, -length % period))
+            folded = padded.unflatten(1, (-1, period)).permute(0, 3, 1, 2).contiguous()
+            results.append(self.conv(folded).permute(0, 2, 3, 1).flatten(1, 2)[:, :length])
+        weights = amplitude.mean(-1)[:, frequencies].softmax(1)  # (B, k)
+        return (torch.stack(results, dim=-1) * weights[:, None, None]).sum(-1) + x
+
+
+def train_step(module: nn.Module, x: Tensor) -> Tensor:
+    """Run forward and backward once; return the output."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    x.grad = None
+    y = module(x)
+    y.square().mean().backward()
+    return y
+
+
+def check(ours: nn.Module, peer: nn.Module, x: Tensor) -> None:
+    """Compare outputs and all gradients."""
+    found = train_step(ours, x), x.grad, *(p.grad for p in ours.parameters())
+    expected = train_step(peer, x), x.grad, *(p.grad for p in peer.parameters())
+    assert_same(found, expected, rtol=2e-5)
+
+
+def peak_flops() -> float:
+    """Return the FLOP/s of a large matrix product: the machine's practical peak."""
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / time_interleaved({"matmul": lambda: a @ a})["matmul"].median
+
+
+def case(name: str, ours: nn.Module, peer: nn.Module, x: Tensor, positions: int, peak: float, **options) -> Case:
+    """Build a case; ``positions`` counts the (place, kernel tap) pairs of all convolutions of one sample."""
+    peer.load_state_dict(ours.state_dict())
+    flops = 3 * 2 * B * NARROW * WIDE * positions  # forward, gradient of the input, gradient of the kernel
+    return Case(
+        name=f"forward + backward, {name}",
+        ours=partial(train_step, ours, x),
+        peers={"six convolutions": partial(train_step, peer, x)},
+        check=partial(check, ours, peer, x),
+        floor_seconds=flops / peak,
+        floor_note="multiply-adds of the merged kernel on data, not padding, at the speed of a 1024 x 1024 matrix product",
+        **options,
+    )
+
+
+def taps(rows: int, columns: int) -> int:
+    """Count pairs of a place and a kernel tap that meet inside a picture."""
+    reach = KERNELS - 1
+    along = [sum(min(reach, i) + min(reach, n - 1 - i) + 1 for i in range(n)) for n in (rows, columns)]
+    return along[0] * along[1]
+
+
+def cases() -> Iterator[Case]:
+    """Yield single convolutions at four foldings of 192 steps, then a whole block of the ETTh1 network."""
+    peak = peak_flops()
+    for rows, columns in ((8, 24), (2, 96), (1, 192), (24, 8)):
+        torch.manual_seed(0)
+        ours, peer = InceptionConv2d(NARROW, WIDE, KERNELS), PaperInception(NARROW, WIDE, KERNELS)
+        # Each takes the memory layout it meets inside its block.
+        x = torch.randn(B, NARROW, rows, columns).to(memory_format=torch.channels_last).requires_grad_()
+        plain = x.detach().contiguous().requires_grad_()
+        name = f"Inception 16 -> 32 on {rows} x {columns}, B {B}"
+        made = case(name, ours, peer, x, taps(rows, columns), peak, at_least=2.5)
+        yield Case(**{**vars(made), "peers": {"six convolutions": partial(train_step, peer, plain)}})
+    hours = torch.arange(192.0)
+    torch.manual_seed(0)
+    rhythm = sum(torch.sin(2 * torch.pi * hours / p + phase) for p, phase in ((24, 0), (12, 1), (96, 2), (8, 3)))
+    x = (rhythm[None, :, None] + 0.5 * torch.randn(B, 192, NARROW)).requires_grad_()
+    ours = TimesBlock(NARROW, WIDE, top_k=5, num_kernels=KERNELS)
+    peer = PaperBlock(NARROW, WIDE, top_k=5, num_kernels=KERNELS)
+    from dynakern.sequence.timesnet import dominant_periods
+
+    periods = dict.fromkeys(dominant_periods(x.detach(), 5)[0].tolist())
+    total = 2 * sum(taps(-(-192 // p), p) for p in periods)
+    yield case("TimesBlock of ETTh1, L 192, 5 periods", ours, peer, x, total, peak, at_least=2.5, repeats=5)
+
+
+if __name__ == "__main__":
+    main("timesnet", "TimesNet's convolutions", cases)

@@ -1,0 +1,154 @@
+"""Turn a comparison into one self-contained HTML file: table, Pareto plot, predictions, environment, command."""
+
+from __future__ import annotations
+
+import io
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynakern.compare.run import Comparison, Summary
+from dynakern.measure import describe_environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["format_row", "table_columns", "write_report"]
+
+
+def table_columns(comparison: Comparison) -> list[str]:
+    """Return the column titles of the table, in order."""
+    metrics = _metric_names(comparison)
+    return ["system", *(m.upper() for m in metrics), "parameters", "FLOPs", "train s", "latency ms", "peak MB"]
+
+
+def _metric_names(comparison: Comparison) -> list[str]:
+    return next((list(s.metrics) for s in comparison.summaries if s.metrics), [comparison.task.headline])
+
+
+def format_row(comparison: Comparison, summary: Summary) -> list[str]:
+    """Return one line of the table as text; what is not known is "-", never 0."""
+    cells = [summary.competitor]
+    for metric in _metric_names(comparison):
+        if metric not in summary.metrics:
+            cells.append("-")
+            continue
+        mean, spread = summary.metrics[metric]
+        cells.append(f"{mean:.4f} ± {spread:.4f}" if summary.seeds > 1 else f"{mean:.4f}")
+    return [
+        *cells,
+        "-" if summary.parameters is None else _short(summary.parameters),
+        "-" if summary.flops is None else _short(summary.flops),
+        "-" if summary.train_seconds is None else f"{summary.train_seconds:.1f}",
+        "-" if summary.latency_ms is None else f"{summary.latency_ms:.2f}",
+        "-" if summary.peak_mb is None else f"{summary.peak_mb:.1f}",
+    ]
+
+
+def _short(number: float) -> str:
+    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= bound:
+            return f"{number / bound:.3g} {letter}"
+    return str(int(number))
+
+
+def write_report(comparison: Comparison, path: Path, *, command: str) -> Path:
+    """Write the report of a comparison; the file appears whole or not at all.
+
+    Args:
+        comparison: What :func:`run_comparison` returned.
+        path: The HTML file.
+        command: The command line that repeats the comparison.
+
+    Returns:
+        ``path``.
+    """
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("dynakern.compare").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    done = [s for s in comparison.summaries if s.metrics]
+    predictions = {}
+    for summary in done[:5]:
+        drawn = comparison.store.drawn(summary.competitor, 0)
+        if drawn is not None:
+            predictions[summary.competitor] = drawn
+    systems = [s for s in done if not s.is_baseline]
+    html = template.render(
+        title=f"{comparison.task.name}: {comparison.task.settings().get('columns', '')}",
+        description=comparison.task.describe(),
+        budget=str(comparison.budget),
+        seeds=comparison.seeds,
+        columns=table_columns(comparison),
+        rows=[(s, format_row(comparison, s), _sort_keys(comparison, s)) for s in comparison.summaries],
+        best=done[0] if done else None,
+        best_system=systems[0] if systems else None,
+        headline=comparison.task.headline,
+        pareto=_svg(_pareto(comparison)) if done else "",
+        drawn=_svg(comparison.task.draw(predictions)) if predictions else "",
+        errors=[(s.competitor, e) for s in comparison.summaries for e in s.errors],
+        repeatable=all(s.repeatable for s in comparison.summaries),
+        environment=describe_environment(),
+        command=command,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _sort_keys(comparison: Comparison, s: Summary) -> list[Any]:
+    metrics = [s.metrics.get(m, (float("inf"),))[0] for m in _metric_names(comparison)]
+    numbers = [*metrics, s.parameters, s.flops, s.train_seconds, s.latency_ms, s.peak_mb]
+    return [s.competitor, *(1e300 if n is None or n == float("inf") else n for n in numbers)]
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points that no other point beats in both coordinates (smaller is better), by x."""
+    front, lowest = [], float("inf")
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < lowest:
+            front.append(index)
+            lowest = points[index][1]
+    return front
+
+
+def _pareto(comparison: Comparison) -> Figure:
+    from matplotlib.figure import Figure
+
+    metric = comparison.task.headline
+    shown = [s for s in comparison.summaries if s.metrics and s.latency_ms]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, field, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("latency_ms", "train_seconds"),
+        ("latency of one window, ms", "training, s"),
+        strict=True,
+    ):
+        usable = [s for s in shown if (getattr(s, field) or 0) > 0]
+        points = [(float(getattr(s, field)), s.metrics[metric][0]) for s in usable]
+        front = pareto_front(points)
+        axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", lw=1.2, zorder=1)
+        for s, (x, y) in zip(usable, points, strict=True):
+            color = "0.45" if s.is_baseline else "C0"
+            axes.errorbar(
+                x, y, yerr=s.metrics[metric][1], fmt="s" if s.is_baseline else "o", color=color, capsize=2, zorder=2
+            )
+            axes.annotate(s.competitor, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color=color)
+        axes.set_xscale("log")
+        axes.margins(x=0.18, y=0.12)
+        axes.set_xlabel(label)
+        axes.grid(True, color="0.93")
+    figure.axes[0].set_ylabel(metric.upper())
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "dynakern"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,587 @@
+"""The selective scan on the CPU: fused Numba kernels, forward and backward.
+
+A work item is a sequence of the batch and a block of LANES channels of one group. It walks over the steps in tiles of
+``CHUNK`` rows: a tile of ``delta`` and ``u`` is turned so that the channels lie side by side, which makes them the
+vector axis of every inner loop, whatever the number of states; nothing is summed across a vector in the forward pass
+and each tile stays in the first-level cache. The backward pass starts every tile from the state that the forward pass
+kept at its first row, recomputes the rest, and walks the tile backwards. Sums over channels run in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.extending import intrinsic, overload
+from torch import Tensor
+
+from dynakern.ops.dispatch import numba_threads
+
+__all__ = ["scan_backward", "scan_forward"]
+
+LANES = 32  # channels of a block
+WORK_ITEMS = 64  # that the backward pass aims at; more would only cost memory for partial sums
+
+_LOG2E = 1.4426950408889634
+_LN2 = 0.6931471805599453
+_f32 = np.float32
+
+# 2**r = 1 + r * q(r) on [-1/2, 1/2], best relative error: 2e-9 (single) and 3e-18 (double); exact at r = 0.
+_S0, _S1, _S2 = _f32(0.693147202855), _f32(0.240226479136), _f32(0.0555033247119)
+_S3, _S4, _S5 = _f32(0.00961843735696), _f32(0.0013398874394), _f32(0.000153533620689)
+_D0, _D1, _D2, _D3 = 0.69314718055994532581, 0.2402265069591013126, 0.055504108664820083227, 0.0096181291075942
+_D4, _D5, _D6, _D7 = 0.0013333558146774620517, 0.0001540353045711209086, 1.5252733493127489347e-5, 1.32154352823e-6
+_D8, _D9, _D10 = 1.0178199571842137974e-7, 7.0737832485031332991e-9, 4.4347712982003767083e-10
+# log(1 + w) = s * q(s**2), s = w / (2 + w), on [0, 1], relative error 4e-9.
+_L0, _L1, _L2 = _f32(2.00000000808), _f32(0.666663101449), _f32(0.400251143238)
+_L3, _L4 = _f32(0.279576657946), _f32(0.281915472234)
+_ONE, _TWO = _f32(1.0), _f32(2.0)
+_LOW, _HIGH, _ROUND = _f32(-127.0), _f32(128.0), _f32(1.5 * 2**23)
+_LOW64, _HIGH64, _ROUND64 = -1023.0, 1024.0, 1.5 * 2.0**52
+
+
+@intrinsic
+def _scale(typing_context: Any, p: Any, shifted: Any) -> Any:
+    """Return ``p * 2**k`` by adding k to the exponent bits; ``shifted`` is k + 1.5 * 2**23 (2**52), k in its low bits."""
+    bits, mantissa = (32, 23) if p == types.float32 else (64, 52)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer = ir.IntType(bits)
+        exponent = builder.shl(builder.bitcast(args[1], integer), ir.Constant(integer, mantissa))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], integer), exponent), args[0].type)
+
+    return p(p, shifted), codegen
+
+
+def _exp2(x: float) -> float:
+    """Return ``2**x``, 0 below the normal range; vectorises, unlike the library call. NaN stays NaN."""
+    return 2.0**x
+
+
+def _exp2_single(x):
+    x = _LOW if x < _LOW else x
+    x = _HIGH if x > _HIGH else x
+    shifted = x + _ROUND  # rounds to an integer
+    r = x - (shifted - _ROUND)
+    q = ((((_S5 * r + _S4) * r + _S3) * r + _S2) * r + _S1) * r + _S0
+    return _scale(q * r + _ONE, shifted)
+
+
+def _exp2_double(x):
+    x = _LOW64 if x < _LOW64 else x
+    x = _HIGH64 if x > _HIGH64 else x
+    shifted = x + _ROUND64
+    r = x - (shifted - _ROUND64)
+    q = ((((_D10 * r + _D9) * r + _D8) * r + _D7) * r + _D6) * r + _D5
+    q = ((((q * r + _D4) * r + _D3) * r + _D2) * r + _D1) * r + _D0
+    return _scale(q * r + 1.0, shifted)
+
+
+@overload(_exp2, jit_options={"fastmath": {"contract"}})  # "reassoc" would undo the rounding
+def _exp2_overload(x):
+    return _exp2_single if x == types.float32 else _exp2_double
+
+
+def _log1p(w: float) -> float:
+    """Return ``log(1 + w)`` for w in [0, 1]."""
+    return np.log1p(w)
+
+
+def _log1p_single(w):
+    s = w / (_TWO + w)
+    v = s * s
+    return s * ((((_L4 * v + _L3) * v + _L2) * v + _L1) * v + _L0)
+
+
+@overload(_log1p, jit_options={"fastmath": {"contract"}})
+def _log1p_overload(w):
+    return _log1p_single if w == types.float32 else lambda w: np.log1p(w)
+
+
+_vector = njit(cache=True, nogil=True, fastmath={"contract"})
+_reduce = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+
+
+@_vector
+def _load(source, first, lanes, start, steps, tile):
+    """Turn ``source[first : first + lanes, start : start + steps]`` into ``tile[:steps, :lanes]``."""
+    for j in range(lanes):
+        for t in range(steps):
+            tile[t, j] = source[first + j, start + t]
+
+
+@_vector
+def _store(tile, first, lanes, start, steps, target):
+    """Turn a tile back into ``target``; the inverse of :func:`_load`."""
+    for j in range(lanes):
+        for t in range(steps):
+            target[first + j, start + t] = tile[t, j]
+
+
+@_vector
+def _softplus(raw, steps, dt):
+    """Write ``softplus(raw)``, the identity above 20."""
+    real = raw.dtype.type
+    zero, threshold, minus_log2e = real(0), real(20), real(-_LOG2E)
+    for t in range(steps):
+        for j in range(LANES):
+            v = raw[t, j]
+            soft = max(v, zero) + _log1p(_exp2(abs(v) * minus_log2e))
+            dt[t, j] = v if v > threshold else soft
+
+
+@_vector
+def _sigmoid(tile, steps, out):
+    """Write ``1 / (1 + exp(-tile))``, accurate for either sign."""
+    one, minus_log2e = tile.dtype.type(1), tile.dtype.type(-_LOG2E)
+    for t in range(steps):
+        for j in range(LANES):
+            v = tile[t, j]
+            e = _exp2(abs(v) * minus_log2e)
+            out[t, j] = (one if v >= 0 else e) / (one + e)
+
+
+@_vector
+def _product(left, right, steps, out):
+    for t in range(steps):
+        for j in range(LANES):
+            out[t, j] = left[t, j] * right[t, j]
+
+
+@_vector
+def _scaled(tile, row, steps, out):
+    """Write ``tile * row``, one factor a lane."""
+    for t in range(steps):
+        for j in range(LANES):
+            out[t, j] = tile[t, j] * row[j]
+
+
+@_vector
+def _add_scaled(tile, row, steps, out):
+    """Add ``tile * row``, one factor a lane."""
+    for t in range(steps):
+        for j in range(LANES):
+            out[t, j] += tile[t, j] * row[j]
+
+
+@_vector
+def _add_outer(column, tile, steps, out):
+    """Add ``column[t] * tile[t, j]``, one factor a step."""
+    for t in range(steps):
+        factor = column[t]
+        for j in range(LANES):
+            out[t, j] += factor * tile[t, j]
+
+
+@_reduce
+def _sum_lanes(left, right, steps, out):
+    """Add ``sum_j left[t, j] * right[t, j]`` to ``out[t]``."""
+    for t in range(steps):
+        total = left.dtype.type(0)
+        for j in range(LANES):
+            total += left[t, j] * right[t, j]
+        out[t] += total
+
+
+@_vector
+def _sum_steps(left, right, steps, out):
+    """Add ``sum_t left[t, j] * right[t, j]`` to ``out[j]``."""
+    for t in range(steps):
+        for j in range(LANES):
+            out[j] += left[t, j] * right[t, j]
+
+
+@_vector
+def _advance(dt, x, decay, b, c, steps, h, y):
+    """Walk one state n of all lanes over a tile: the recurrence, and its share of the output."""
+    for t in range(steps):
+        b_t, c_t = b[t], c[t]
+        for j in range(LANES):
+            state = _exp2(dt[t, j] * decay[j]) * h[j] + x[t, j] * b_t
+            h[j] = state
+            y[t, j] += c_t * state
+
+
+@_vector
+def _replay(dt, x, decay, b, steps, a, h):
+    """Recompute the decays and states of a tile; ``h[0]`` is the state before it, ``h[t + 1]`` that after step t."""
+    for t in range(steps):
+        b_t = b[t]
+        for j in range(LANES):
+            a_t = _exp2(dt[t, j] * decay[j])
+            a[t, j] = a_t
+            h[t + 1, j] = a_t * h[t, j] + x[t, j] * b_t
+
+
+@_vector
+def _walk_back(dt, g, rate, c, a, h, steps, carry, q, grad_rate, grad_dt):
+    """Run the recurrence of the gradient, ``q[t] = c[t] g[t] + a[t + 1] q[t + 1]``, and what hangs on the decays."""
+    for back in range(steps):
+        t = steps - 1 - back
+        c_t = c[t]
+        for j in range(LANES):
+            q_t = c_t * g[t, j] + carry[j]
+            q[t, j] = q_t
+            s = q_t * a[t, j]
+            carry[j] = s
+            s *= h[t, j]
+            grad_rate[j] += dt[t, j] * s
+            grad_dt[t, j] += rate[j] * s
+
+
+class _Arrays(NamedTuple):
+    """The operands as arrays of one dtype; an absent one has size 0. Static coefficients are ``(D, N)``."""
+
+    u: np.ndarray  # (b, D, L)
+    delta: np.ndarray  # (b, D, L)
+    A: np.ndarray  # (D, N)
+    B: np.ndarray  # (b, G, N, L)
+    C: np.ndarray  # (b, G, N, L)
+    B_static: np.ndarray  # (D, N)
+    C_static: np.ndarray  # (D, N)
+    D: np.ndarray  # (D,)
+    z: np.ndarray  # (b, D, L)
+    bias: np.ndarray  # (D,)
+    initial: np.ndarray  # (b, D, N)
+
+
+class _Gradients(NamedTuple):
+    """What the backward pass fills; the sums over sequences and slots are left to the caller."""
+
+    u: np.ndarray  # (b, D, L)
+    delta: np.ndarray  # (b, D, L)
+    A: np.ndarray  # (b, D, N)
+    B: np.ndarray  # (b, G, slots, N, L)
+    C: np.ndarray  # (b, G, slots, N, L)
+    B_static: np.ndarray  # (b, D, N)
+    C_static: np.ndarray  # (b, D, N)
+    D: np.ndarray  # (b, D)
+    z: np.ndarray  # (b, D, L)
+    bias: np.ndarray  # (b, D)
+    initial: np.ndarray  # (b, D, N)
+
+
+@_vector
+def _lanes_of(parameter, first, lanes, factor):
+    """Return ``factor * parameter[first : first + lanes]``, ``(D, N)``, as ``(N, LANES)``, zero beyond ``lanes``."""
+    out = np.zeros((parameter.shape[1], LANES), parameter.dtype)
+    for n in range(parameter.shape[1]):
+        for j in range(lanes):
+            out[n, j] = parameter[first + j, n] * parameter.dtype.type(factor)
+    return out
+
+
+@_vector
+def _back_from_lanes(tile, first, lanes, parameter):
+    """Write ``(N, LANES)`` into ``parameter[first : first + lanes]``, ``(D, N)``."""
+    for n in range(parameter.shape[1]):
+        for j in range(lanes):
+            parameter[first + j, n] = tile[n, j]
+
+
+@_vector
+def _padded(parameter, first, lanes):
+    """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, zero beyond ``lanes``."""
+    out = np.zeros(LANES, parameter.dtype)
+    if parameter.size:
+        out[:lanes] = parameter[first : first + lanes]
+    return out
+
+
+@_vector
+def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x):
+    """Fill the tiles of the raw steps with their bias, of the steps, of u and of ``dt * u``."""
+    _load(p.delta[i], first, lanes, start, steps, raw)
+    _load(p.u[i], first, lanes, start, steps, inputs)
+    for t in range(steps):
+        for j in range(LANES):
+            raw[t, j] += bias[j]
+    if softplus:
+        _softplus(raw, steps, dt)
+    else:
+        dt[:steps] = raw[:steps]
+    _product(dt, inputs, steps, x)
+
+
+@_vector
+def _load_row(variable, i, group, n, start, steps, row):
+    """Copy one state's coefficients of the tile's steps; a static coefficient belongs to the lane and leaves 1 here."""
+    if variable.size:
+        row[:steps] = variable[i, group, n, start : start + steps]
+    else:
+        row[:] = 1
+
+
+@_vector
+def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
+    """Scan a block of channels of sequence i."""
+    dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
+    decay, b_lanes = _lanes_of(p.A, first, lanes, _LOG2E), _lanes_of(p.B_static, first, lanes, 1.0)
+    c_lanes, skip, bias = (
+        _lanes_of(p.C_static, first, lanes, 1.0),
+        _padded(p.D, first, lanes),
+        _padded(p.bias, first, lanes),
+    )
+    h = _lanes_of(p.initial[i], first, lanes, 1.0) if p.initial.size else np.zeros((N, LANES), dtype)
+    tiles, b, c = np.zeros((7, chunk, LANES), dtype), np.empty(chunk, dtype), np.empty(chunk, dtype)
+    raw, dt, inputs, x, total, xb, share = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
+    for start in range(0, length, chunk):
+        steps = min(chunk, length - start)
+        if states.size:
+            states[i, start // chunk, :, first : first + lanes] = h[:, :lanes]
+        _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
+        _scaled(inputs, skip, steps, total)
+        for n in range(N):
+            _load_row(p.B, i, group, n, start, steps, b)
+            _load_row(p.C, i, group, n, start, steps, c)
+            source = x
+            if p.B_static.size:
+                _scaled(x, b_lanes[n], steps, xb)
+                source = xb
+            if p.C_static.size:
+                share[:] = 0
+                _advance(dt, source, decay[n], b, c, steps, h[n], share)
+                _add_scaled(share, c_lanes[n], steps, total)
+            else:
+                _advance(dt, source, decay[n], b, c, steps, h[n], total)
+        if p.z.size:
+            _load(p.z[i], first, lanes, start, steps, raw)
+            _sigmoid(raw, steps, dt)
+            _product(raw, dt, steps, dt)
+            _product(total, dt, steps, total)
+        _store(total, first, lanes, start, steps, y[i])
+    _back_from_lanes(h, first, lanes, last[i])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _forward(p, softplus, chunk, groups, y, last, states):
+    channels = p.u.shape[1] // groups
+    blocks = (channels + LANES - 1) // LANES
+    for item in prange(p.u.shape[0] * groups * blocks):
+        i, group, block = item // (groups * blocks), item // blocks % groups, item % blocks
+        lanes = min(LANES, channels - block * LANES)
+        _forward_block(p, softplus, chunk, i, group * channels + block * LANES, lanes, group, y, last, states)
+
+
+@_vector
+def _backward_state(p, where, steps, tiles, rate, decay, b_lanes, c_lanes, h, carry, grad_rate, grad_b, grad_c, grad):
+    """Take one state n of all lanes back over a tile."""
+    i, group, slot, n, start = where
+    dt, x, g, total, a, q, grad_x, grad_dt, spare = tiles
+    b, c = np.empty(steps, dt.dtype), np.empty(steps, dt.dtype)
+    _load_row(p.B, i, group, n, start, steps, b)
+    _load_row(p.C, i, group, n, start, steps, c)
+    if p.B_static.size:
+        _scaled(x, b_lanes[n], steps, spare)
+        _replay(dt, spare, decay, b, steps, a, h)
+    else:
+        _replay(dt, x, decay, b, steps, a, h)
+    after = h[1:]
+    if p.C_static.size:
+        if p.z.size:
+            _add_scaled(after, c_lanes[n], steps, total)
+        _sum_steps(g, after, steps, grad_c)
+        _scaled(g, c_lanes[n], steps, spare)
+        _walk_back(dt, spare, rate, c, a, h, steps, carry, q, grad_rate, grad_dt)
+    else:
+        if p.z.size:
+            _add_outer(c, after, steps, total)
+        _sum_lanes(g, after, steps, grad.C[i, group, slot, n, start : start + steps])
+        _walk_back(dt, g, rate, c, a, h, steps, carry, q, grad_rate, grad_dt)
+    if p.B_static.size:
+        _sum_steps(q, x, steps, grad_b)
+        _add_scaled(q, b_lanes[n], steps, grad_x)
+    else:
+        _sum_lanes(q, x, steps, grad.B[i, group, slot, n, start : start + steps])
+        _add_outer(b, q, steps, grad_x)
+
+
+@_vector
+def _ungate(p, i, first, lanes, start, steps, grad_y, z, gate, g):
+    """Split the gradient of ``y = total * silu(z)``: write that of ``total``; leave ``grad_y * silu'(z)`` in ``gate``."""
+    one = z.dtype.type(1)
+    _load(p.z[i], first, lanes, start, steps, z)
+    _sigmoid(z, steps, gate)
+    for t in range(steps):
+        for j in range(LANES):
+            s = gate[t, j]
+            gate[t, j] = g[t, j] * s * (one + z[t, j] * (one - s))
+            g[t, j] *= z[t, j] * s
+
+
+@_vector
+def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, grad_dt):
+    """Turn the gradients of ``dt * u`` and of the decays into those of u and of the raw steps."""
+    for t in range(steps):
+        for j in range(LANES):
+            grad_dt[t, j] += inputs[t, j] * grad_x[t, j]
+            grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[j] * g[t, j]
+    if softplus:
+        _sigmoid(raw, steps, sigmoid)
+        threshold, one = raw.dtype.type(20), raw.dtype.type(1)
+        for t in range(steps):
+            for j in range(LANES):
+                grad_dt[t, j] *= one if raw[t, j] > threshold else sigmoid[t, j]
+
+
+@_vector
+def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lanes, group, slot, grad):
+    """Take a block of channels of sequence i back from its last step to its first."""
+    dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
+    rate, decay = _lanes_of(p.A, first, lanes, 1.0), _lanes_of(p.A, first, lanes, _LOG2E)
+    b_lanes, c_lanes = _lanes_of(p.B_static, first, lanes, 1.0), _lanes_of(p.C_static, first, lanes, 1.0)
+    skip, bias = _padded(p.D, first, lanes), _padded(p.bias, first, lanes)
+    carry = _lanes_of(grad_last[i], first, lanes, 1.0)
+    grad_rate, grad_b, grad_c = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
+    grad_skip, grad_bias = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    tiles, h, ones = np.zeros((13, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype), np.ones(LANES, dtype)
+    raw, inputs, z, gate, dt, x, g = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
+    total, a, q, grad_x, grad_dt, spare = tiles[7], tiles[8], tiles[9], tiles[10], tiles[11], tiles[12]
+    for start in range((length - 1) // chunk * chunk, -1, -chunk):
+        steps = min(chunk, length - start)
+        _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
+        _load(grad_y[i], first, lanes, start, steps, g)
+        if p.z.size:
+            _ungate(p, i, first, lanes, start, steps, z, gate, g)
+            _scaled(inputs, skip, steps, total)
+        grad_x[:] = 0
+        grad_dt[:] = 0
+        for n in range(N):
+            h[0, :lanes] = states[i, start // chunk, n, first : first + lanes]
+            where, work = (i, group, slot, n, start), (dt, x, g, total, a, q, grad_x, grad_dt, spare)
+            _backward_state(
+                p, where, steps, work, rate[n], decay[n], b_lanes, c_lanes, h, carry[n], grad_rate[n], grad_b[n],
+                grad_c[n], grad,
+            )  # fmt: skip
+        if p.z.size:
+            _product(total, gate, steps, gate)
+            _store(gate, first, lanes, start, steps, grad.z[i])
+        _sum_steps(g, inputs, steps, grad_skip)
+        _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt)
+        for t in range(steps):
+            for j in range(LANES):
+                grad_bias[j] += grad_dt[t, j]
+        _store(grad_x, first, lanes, start, steps, grad.u[i])
+        _store(grad_dt, first, lanes, start, steps, grad.delta[i])
+    grad.D[i, first : first + lanes] = grad_skip[:lanes]
+    grad.bias[i, first : first + lanes] = grad_bias[:lanes]
+    _back_from_lanes(grad_rate, first, lanes, grad.A[i])
+    _back_from_lanes(carry, first, lanes, grad.initial[i])
+    if p.B_static.size:
+        _back_from_lanes(grad_b, first, lanes, grad.B_static[i])
+    if p.C_static.size:
+        _back_from_lanes(grad_c, first, lanes, grad.C_static[i])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _backward(p, softplus, chunk, groups, slots, states, grad_y, grad_last, grad):
+    channels = p.u.shape[1] // groups
+    blocks = (channels + LANES - 1) // LANES
+    for item in prange(p.u.shape[0] * groups * slots):
+        i, group, slot = item // (groups * slots), item // slots % groups, item % slots
+        for block in range(blocks * slot // slots, blocks * (slot + 1) // slots):
+            lanes = min(LANES, channels - block * LANES)
+            first = group * channels + block * LANES
+            _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lanes, group, slot, grad)
+
+
+def _numpy(x: Tensor | None, like: Tensor, ndim: int) -> np.ndarray:
+    return np.empty((0,) * ndim, like.numpy().dtype) if x is None else x.detach().contiguous().numpy()
+
+
+def _arrays(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, initial_state: Tensor | None,
+) -> _Arrays:  # fmt: skip
+    return _Arrays(
+        _numpy(u, u, 3),
+        _numpy(delta, u, 3),
+        _numpy(A, u, 2),
+        *(_numpy(x if x.ndim == 4 else None, u, 4) for x in (B, C)),
+        *(_numpy(x if x.ndim == 2 else None, u, 2) for x in (B, C)),
+        _numpy(D, u, 1),
+        _numpy(z, u, 3),
+        _numpy(delta_bias, u, 1),
+        _numpy(initial_state, u, 3),
+    )
+
+
+def _groups(B: Tensor, C: Tensor) -> int:
+    return max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
+
+
+def scan_forward(
+    operands: tuple[Tensor | None, ...], softplus: bool, chunk: int, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the scan; fill ``states`` with the state at the first row of each chunk unless it is empty.
+
+    Args:
+        operands: u, delta, A, B, C, D, z, delta_bias, initial_state, of one dtype (float32 or float64).
+        softplus: Whether the steps pass through a softplus.
+        chunk: Steps of a tile.
+        states: ``(b, chunks, N, D)``, or empty.
+
+    Returns:
+        ``y`` and the last state.
+    """
+    u, _, A, B, C = operands[:5]
+    y, last = torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape[0], *A.shape)
+    p = _arrays(*operands)
+    with numba_threads():
+        _forward(p, softplus, chunk, _groups(B, C), y.numpy(), last.numpy(), states.numpy())
+    return y, last
+
+
+def scan_backward(
+    operands: tuple[Tensor | None, ...], softplus: bool, chunk: int, states: Tensor, grad_y: Tensor, grad_last: Tensor
+) -> list[Tensor]:
+    """Return the gradients of all operands in their order; an empty tensor for an absent one.
+
+    Args:
+        operands: As for :func:`scan_forward`.
+        softplus: As for :func:`scan_forward`.
+        chunk: As for :func:`scan_forward`.
+        states: What the forward pass kept.
+        grad_y: ``(b, D, L)``.
+        grad_last: ``(b, D, N)``.
+    """
+    u, _, A, B, C, D, z, delta_bias, initial_state = operands
+    batch, channels, length = u.shape
+    groups = _groups(B, C)
+    slots = min(-(-channels // groups // LANES), max(1, -(-WORK_ITEMS // (batch * groups))))
+
+    def variable(x: Tensor) -> Tensor:
+        return u.new_zeros(batch, groups, slots, A.shape[1], length) if x.ndim == 4 else u.new_empty(0, 0, 0, 0, 0)
+
+    def static(x: Tensor) -> Tensor:
+        return u.new_empty(batch, *A.shape) if x.ndim == 2 else u.new_empty(0, 0, 0)
+
+    def like(x: Tensor | None) -> Tensor:
+        return u.new_empty(0, 0, 0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    state_like = u.new_empty(batch, *A.shape)
+    found = (
+        like(u), like(u), state_like, variable(B), variable(C), static(B), static(C), u.new_empty(batch, channels),
+        like(z), u.new_empty(batch, channels), torch.empty_like(state_like),
+    )  # fmt: skip
+    p = _arrays(*operands)
+    arrays = _Gradients(*(x.numpy() for x in found))
+    grads = [grad_y.contiguous().numpy(), grad_last.contiguous().numpy()]
+    with numba_threads():
+        _backward(p, softplus, chunk, groups, slots, states.numpy(), *grads, arrays)
+    du, ddelta, dA, dB, dC, dB_static, dC_static, dD, dz, dbias, dinitial = found
+    nothing = u.new_empty(0)
+    return [
+        du,
+        ddelta,
+        dA.sum(0),
+        dB.sum(2) if B.ndim == 4 else dB_static.sum(0),
+        dC.sum(2) if C.ndim == 4 else dC_static.sum(0),
+        nothing if D is None else dD.sum(0),
+        nothing if z is None else dz,
+        nothing if delta_bias is None else dbias.sum(0),
+        nothing if initial_state is None else dinitial,
+    ]

@@ -1,0 +1,50 @@
+"""The definition of the selective scan: a plain loop over the steps, any floating dtype, any derivative."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["scan_reference"]
+
+
+def scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y`` ``(b, D, L)`` and the state after the last step ``(b, D, N)``.
+
+    ``B`` and ``C`` are static ``(D, N)`` or variable ``(b, G, N, L)``; all tensors share one dtype.
+    """
+    batch, channels, length = u.shape
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)  # beta 1, the identity above 20
+    h = u.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
+    ys = []
+    for step in range(length):
+        dt_l = dt[:, :, step, None]  # (b, D, 1)
+        h = torch.exp(dt_l * A) * h + dt_l * _at(B, step, channels) * u[:, :, step, None]  # (b, D, N)
+        ys.append((h * _at(C, step, channels)).sum(-1))
+    y = torch.stack(ys, dim=-1)  # (b, D, L)
+    if D is not None:
+        y = y + D[:, None] * u
+    if z is not None:
+        y = y * F.silu(z)
+    return y, h
+
+
+def _at(x: Tensor, step: int, channels: int) -> Tensor:
+    """Return the coefficients of one step: ``(D, N)`` if static, else ``(b, D, N)``, each group's row for its channels."""
+    if x.ndim == 2:
+        return x
+    return x[..., step].repeat_interleave(channels // x.shape[1], dim=1)
