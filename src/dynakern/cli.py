@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dynakern.catalog import System
     from dynakern.claims.run import ClaimResult
     from dynakern.compare import Comparison, JobRow
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 compare_app = typer.Typer(
-    help="Compare kernels and baselines on your own data: one table of scores and costs, database rows, an HTML report.",
+    help="Compare kernels and baselines on your own data: a table of scores and costs, database rows, an HTML report.",
     no_args_is_help=True,
 )
 app.add_typer(compare_app, name="compare")
@@ -79,8 +80,7 @@ def list_command(
         raise ValueError(unknown_name("wing", wing, wings))
     chosen = [s for s in SYSTEMS if wing in (None, s.wing)]
     if as_json:
-        print(json.dumps([{"name": s.slug, "title": s.title, "paper": s.paper, "wing": s.wing, "kind": s.kind,
-                           "variants": list(s.variants), "tasks": sorted(s.tasks)} for s in chosen], indent=1))  # fmt: skip
+        print(json.dumps([_facts(s) for s in chosen], indent=1))
         return
     from rich.table import Table
 
@@ -91,6 +91,20 @@ def list_command(
     console.print(table)
     if console.is_terminal:
         console.print(f"\n{len(chosen)} systems. [dim]dynakern show NAME[/dim] tells more about one.")
+
+
+def _facts(s: System) -> dict[str, Any]:
+    return {
+        "name": s.slug,
+        "title": s.title,
+        "paper": s.paper,
+        "wing": s.wing,
+        "kind": s.kind,
+        "public names": [name.replace(":", ".") for name in s.names],
+        "variants": list(s.variants),
+        "compare": sorted(s.tasks),
+        "claim": f"dynakern claim {s.slug}",
+    }
 
 
 @app.command()
@@ -105,10 +119,7 @@ def show(
     if name not in [s.slug for s in SYSTEMS] and name in list_models():
         facts: dict[str, Any] = dict(model_info(name))
     else:
-        s = find_system(name)
-        facts = {"name": s.slug, "title": s.title, "paper": s.paper, "wing": s.wing, "kind": s.kind,
-                 "public names": [n.replace(":", ".") for n in s.names], "variants": list(s.variants),
-                 "compare": sorted(s.tasks), "claim": f"dynakern claim {s.slug}"}  # fmt: skip
+        facts = _facts(find_system(name))
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -149,8 +160,8 @@ def compare_forecast(
 ) -> None:
     """Which kernels forecast these series best, and at what cost?
 
-    Trains every system and four baselines (repeat the last value, repeat the last season, a linear map, boosted trees on
-    lags) on the same windows, scores them on all test windows, measures what each costs to use, and writes
+    Trains every system and four baselines (repeat the last value, repeat the last season, a linear map, boosted trees
+    on lags) on the same windows, scores them on all test windows, measures what each costs to use, and writes
     OUT/report.html and OUT/results.sqlite. Killed in the middle? The same command goes on where it stopped.
 
     [bold]Examples[/bold]
@@ -167,7 +178,7 @@ def compare_forecast(
 
     table = read_series_csv(data, time_column=time_column)
     table = table if target is None else table.select(target)
-    task = ForecastTask(table, context=context, horizon=horizon, protocol=protocol)  # pyright: ignore[reportArgumentType]
+    task = ForecastTask(table, context=context, horizon=horizon, protocol=protocol)  # pyright: ignore
     _compare(task, data, systems, seeds, budget, out, jobs, cluster, device, quiet, as_json)
 
 
@@ -247,7 +258,8 @@ def _job_progress(silent: bool) -> Iterator[tuple[Any, Any]]:
         if row.status == "failed":
             return f"{name} (seed {seed}) failed: {row.error}"
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in row.metrics.items())
-        return f"{name} (seed {seed}): {scores}, {row.train_seconds:.1f} s"
+        took = "" if row.train_seconds is None else f", {row.train_seconds:.1f} s"
+        return f"{name} (seed {seed}): {scores}{took}"
 
     if not console.is_terminal:
         yield lambda name, seed, row, fraction: print(job_text(name, seed, row), file=sys.stderr, flush=True), None

@@ -11,6 +11,7 @@ from dynakern.compare.run import Comparison, Summary
 from dynakern.measure import describe_environment
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["format_row", "table_columns", "write_report"]
@@ -40,8 +41,8 @@ def format_row(comparison: Comparison, summary: Summary) -> list[str]:
         "-" if summary.parameters is None else _short(summary.parameters),
         "-" if summary.flops is None else _short(summary.flops),
         "-" if summary.train_seconds is None else f"{summary.train_seconds:.1f}",
-        "-" if summary.latency_ms is None else f"{summary.latency_ms:.2f}",
-        "-" if summary.peak_mb is None else f"{summary.peak_mb:.1f}",
+        "-" if summary.latency_ms is None else f"{summary.latency_ms:.3g}",
+        "-" if summary.peak_mb is None else "< 0.1" if summary.peak_mb < 0.1 else f"{summary.peak_mb:.1f}",
     ]
 
 
@@ -119,6 +120,8 @@ def _pareto(comparison: Comparison) -> Figure:
 
     metric = comparison.task.headline
     shown = [s for s in comparison.summaries if s.metrics and s.latency_ms]
+    # A hopeless competitor must not press all others into one line: it is drawn at the upper edge, with its figure.
+    ceiling = 2.0 * min((s.metrics[metric][0] for s in shown), default=1.0)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, field, label in zip(
         figure.subplots(1, 2, sharey=True),
@@ -128,20 +131,27 @@ def _pareto(comparison: Comparison) -> Figure:
     ):
         usable = [s for s in shown if (getattr(s, field) or 0) > 0]
         points = [(float(getattr(s, field)), s.metrics[metric][0]) for s in usable]
-        front = pareto_front(points)
-        axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", lw=1.2, zorder=1)
+        front = [points[i] for i in pareto_front(points)]
+        axes.plot([x for x, _ in front], [min(y, ceiling) for _, y in front], color="0.75", lw=1.2, zorder=1)
         for s, (x, y) in zip(usable, points, strict=True):
-            color = "0.45" if s.is_baseline else "C0"
-            axes.errorbar(
-                x, y, yerr=s.metrics[metric][1], fmt="s" if s.is_baseline else "o", color=color, capsize=2, zorder=2
-            )
-            axes.annotate(s.competitor, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color=color)
+            _mark(axes, s, x, y, s.metrics[metric][1], ceiling)
         axes.set_xscale("log")
         axes.margins(x=0.18, y=0.12)
         axes.set_xlabel(label)
         axes.grid(True, color="0.93")
     figure.axes[0].set_ylabel(metric.upper())
     return figure
+
+
+def _mark(axes: Axes, s: Summary, x: float, y: float, spread: float, ceiling: float) -> None:
+    color = "0.45" if s.is_baseline else "C0"
+    if y > ceiling:
+        axes.plot(x, ceiling, marker="^", color=color)
+        text, y = f"{s.competitor} ({y:.2f})", ceiling
+    else:
+        axes.errorbar(x, y, yerr=spread, fmt="s" if s.is_baseline else "o", color=color, capsize=2, zorder=2)
+        text = s.competitor
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color=color)
 
 
 def _svg(figure: Figure) -> str:

@@ -226,6 +226,11 @@ def _measure_costs(
             store.add_cost(name, cost)
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def _summarise(task: Task, store: Store, names: Sequence[str], seeds: int) -> list[Summary]:
     costs, rows = store.costs(), [row for row in store.jobs() if row.seed < seeds]
     summaries = []
@@ -237,15 +242,14 @@ def _summarise(task: Task, store: Store, names: Sequence[str], seeds: int) -> li
             values = np.array([row.metrics[metric] for row in done])
             metrics[metric] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0)
         cost = costs.get(name, {})
-        epochs = [row.epochs for row in done if row.epochs is not None]
         summaries.append(
             Summary(
                 competitor=name,
                 is_baseline=name in task.baselines(),
                 seeds=len(done),
                 metrics=metrics,
-                train_seconds=float(np.mean([row.train_seconds for row in done])) if done else None,
-                epochs=float(np.mean(epochs)) if epochs else None,
+                train_seconds=_mean([row.train_seconds for row in done]),
+                epochs=_mean([row.epochs for row in done]),
                 parameters=cost.get("parameters"),  # pyright: ignore[reportArgumentType]
                 flops=cost.get("flops"),  # pyright: ignore[reportArgumentType]
                 latency_ms=cost.get("latency_ms"),

@@ -71,9 +71,7 @@ class Store:
         different = {k: (found.get(k), v) for k, v in settings.items() if found and found.get(k) != v}
         if different:
             listing = "; ".join(f"{name}: {there} there, {here} now" for name, (there, here) in different.items())
-            raise ValueError(
-                f"{path} holds the results of another comparison ({listing}). Choose another --out or delete the folder."
-            )
+            raise ValueError(f"{path} holds the results of another comparison ({listing}). Choose another --out.")
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
@@ -104,8 +102,8 @@ class Store:
         with self._connect() as db:
             db.execute("DELETE FROM metrics WHERE competitor = ? AND seed = ?", (row.competitor, row.seed))
             db.execute(
-                "INSERT OR REPLACE INTO jobs VALUES (:competitor, :seed, :status, :error, :train_seconds, :epochs, :steps,"
-                " :repeatable, :finished, :weights, :drawn)",
+                "INSERT OR REPLACE INTO jobs VALUES (:competitor, :seed, :status, :error, :train_seconds, :epochs,"
+                " :steps, :repeatable, :finished, :weights, :drawn)",
                 {**fields, "finished": finished, "weights": weights, "drawn": blob},
             )
             db.executemany(

@@ -227,6 +227,7 @@ class TimesBlock(nn.Module):
             ValueError: ``x`` is not 3-d, or shorter than twice ``top_k`` or than a given period.
         """
         length = check_shape("x", x, "B L D")["L"]
+        x = x.contiguous()  # so that every fold is a channels-last picture without a copy
         kernels = tuple(c.merge() if c.merged else None for c in (self.conv[0], self.conv[2]))
         if self.period == "sample":
             periods, weights = dominant_periods(x, self.top_k, shared=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -45,7 +45,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         lr: Learning rate.
         batch_size: Series a step.
         patience: Epochs without a better validation loss before training stops.
-        validation_fraction: Part of the training series held out, stratified; 0 trains on all of them for the whole budget.
+        validation_fraction: Part of the training series held out, stratified; 0 trains on all for the whole budget.
         device: ``"cpu"`` (default) or ``"cuda"``.
         random_state: Seed of weights, shuffling and the held-out part.
 
@@ -93,6 +93,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None.")
         y = column_or_1d(y, warn=True)
+        assert_all_finite(y, input_name="y")
         check_classification_targets(y)
         if len(y) != len(x):
             raise ValueError(f"`X` and `y` must have equal lengths, got {len(x)} and {len(y)} samples.")
@@ -135,8 +136,9 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
 
     def _series(self, X: Any, *, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return padded series ``(N, L, C)``, float64, and their lengths ``(N,)``."""
-        ragged = isinstance(X, (list, tuple)) and len(X) > 0 and np.ndim(X[0]) >= 1 and len({len(row) for row in X}) > 1
-        if ragged or np.ndim(X) == 3:
+        listed = isinstance(X, (list, tuple)) and len(X) > 0
+        ragged = listed and np.ndim(X[0]) >= 1 and len({len(row) for row in X}) > 1
+        if ragged or getattr(X, "ndim", None) == 3 or (listed and np.ndim(X[0]) == 2):
             rows = [np.asarray(row, dtype=np.float64) for row in X]
             rows = [row[:, None] if row.ndim == 1 else row for row in rows]
             if any(row.ndim != 2 or len(row) == 0 for row in rows) or len({row.shape[1] for row in rows}) != 1:

@@ -85,9 +85,9 @@ def split_rows(
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a competitor's training took: seconds, and epochs and optimiser steps where it has them."""
+    """What a competitor's training took: seconds, epochs and optimiser steps; None for what it has not."""
 
-    seconds: float
+    seconds: float | None = None
     epochs: int | None = None
     steps: int | None = None
 

@@ -22,7 +22,7 @@ class RepeatLast:
         self, task: ForecastTask, *, seed: int, budget: Budget, device: str | None, progress: Progress | None
     ) -> FitReport:
         """Nothing to learn."""
-        return FitReport(0.0)
+        return FitReport()
 
     def predict(self, task: ForecastTask, starts: np.ndarray) -> np.ndarray:
         """Forecast the windows that start at these rows: ``(W, horizon, C)``, standardised."""
@@ -43,7 +43,7 @@ class SeasonalNaive:
         """
         if task.season > task.context:
             raise ValueError(f"The season of {task.season} steps is longer than the context of {task.context}.")
-        return FitReport(0.0)
+        return FitReport()
 
     def predict(self, task: ForecastTask, starts: np.ndarray) -> np.ndarray:
         """Forecast the windows that start at these rows: ``(W, horizon, C)``, standardised."""

@@ -54,7 +54,7 @@ class _WindowModel(BaseEstimator):
         rows, cut = len(values), int(0.8 * len(values))
         if rows - cut < self.window:
             raise ValueError(
-                f"`X` must have at least {5 * self.window} rows, so that the last 20 % hold one window of {self.window}, "
+                f"`X` must have at least {5 * self.window} rows: its last 20 % must hold one window of {self.window}, "
                 f"got {rows}."
             )
         self.mean_ = np.nanmean(values[:cut], axis=0)
@@ -250,7 +250,7 @@ class AnomalyDetector(OutlierMixin, _WindowModel):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Return minus the squared reconstruction error of each step, averaged over series, ``(L,)``: low is abnormal."""
+        """Return minus the mean squared reconstruction error of each step, ``(L,)``: low is abnormal."""
         x = self._scaled(X, allow_missing=False)
         scores = np.empty(len(x))
         for part in batches(self._covering(len(x)), self.batch_size):

@@ -400,8 +400,8 @@ def _backward_state(p, where, steps, tiles, rate, decay, b_lanes, c_lanes, h, ca
 
 
 @_vector
-def _ungate(p, i, first, lanes, start, steps, grad_y, z, gate, g):
-    """Split the gradient of ``y = total * silu(z)``: write that of ``total``; leave ``grad_y * silu'(z)`` in ``gate``."""
+def _ungate(p, i, first, lanes, start, steps, z, gate, g):
+    """Turn ``g``, the gradient of ``total * silu(z)``, into that of ``total``; leave ``g * silu'(z)`` in ``gate``."""
     one = z.dtype.type(1)
     _load(p.z[i], first, lanes, start, steps, z)
     _sigmoid(z, steps, gate)
@@ -437,7 +437,7 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
     carry = _lanes_of(grad_last[i], first, lanes, 1.0)
     grad_rate, grad_b, grad_c = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
     grad_skip, grad_bias = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
-    tiles, h, ones = np.zeros((13, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype), np.ones(LANES, dtype)
+    tiles, h = np.zeros((13, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype)
     raw, inputs, z, gate, dt, x, g = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
     total, a, q, grad_x, grad_dt, spare = tiles[7], tiles[8], tiles[9], tiles[10], tiles[11], tiles[12]
     for start in range((length - 1) // chunk * chunk, -1, -chunk):
@@ -569,19 +569,19 @@ def scan_backward(
     )  # fmt: skip
     p = _arrays(*operands)
     arrays = _Gradients(*(x.numpy() for x in found))
-    grads = [grad_y.contiguous().numpy(), grad_last.contiguous().numpy()]
+    cotangents = grad_y.contiguous().numpy(), grad_last.contiguous().numpy()
     with numba_threads():
-        _backward(p, softplus, chunk, groups, slots, states.numpy(), *grads, arrays)
+        _backward(p, softplus, chunk, groups, slots, states.numpy(), *cotangents, arrays)
     du, ddelta, dA, dB, dC, dB_static, dC_static, dD, dz, dbias, dinitial = found
-    nothing = u.new_empty(0)
-    return [
+    grads = [
         du,
         ddelta,
         dA.sum(0),
         dB.sum(2) if B.ndim == 4 else dB_static.sum(0),
         dC.sum(2) if C.ndim == 4 else dC_static.sum(0),
-        nothing if D is None else dD.sum(0),
-        nothing if z is None else dz,
-        nothing if delta_bias is None else dbias.sum(0),
-        nothing if initial_state is None else dinitial,
+        dD.sum(0),
+        dz,
+        dbias.sum(0),
+        dinitial,
     ]
+    return [u.new_empty(0) if x is None else g for g, x in zip(grads, operands, strict=True)]

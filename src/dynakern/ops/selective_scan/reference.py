@@ -44,7 +44,7 @@ def scan_reference(
 
 
 def _at(x: Tensor, step: int, channels: int) -> Tensor:
-    """Return the coefficients of one step: ``(D, N)`` if static, else ``(b, D, N)``, each group's row for its channels."""
+    """Return the coefficients of one step for every channel: ``(D, N)`` if static, else ``(b, D, N)``."""
     if x.ndim == 2:
         return x
     return x[..., step].repeat_interleave(channels // x.shape[1], dim=1)
