@@ -15,7 +15,7 @@ from harness import Case, main
 from torch import Tensor, nn
 
 from dynakern.measure import time_interleaved
-from dynakern.sequence.timesnet import InceptionConv2d, TimesBlock
+from dynakern.sequence.timesnet import InceptionConv2d, TimesBlock, dominant_periods
 from dynakern.testing import assert_same
 
 B, NARROW, WIDE, KERNELS = 32, 16, 32, 6
@@ -83,17 +83,24 @@ def peak_flops() -> float:
     return 2 * 1024**3 / time_interleaved({"matmul": lambda: a @ a})["matmul"].median
 
 
-def case(name: str, ours: nn.Module, peer: nn.Module, x: Tensor, positions: int, peak: float, **options) -> Case:
-    """Build a case; ``positions`` counts the (place, kernel tap) pairs of all convolutions of one sample."""
-    peer.load_state_dict(ours.state_dict())
+def case(name: str, modules: list[nn.Module], inputs: list[Tensor], positions: int, peak: float, **options) -> Case:
+    """Build a case of ours, the paper's and the paper's in channels-last memory, each with its own input.
+
+    ``positions`` counts the (place, kernel tap) pairs of all convolutions of one sample.
+    """
+    ours, *peers = modules
+    for peer in peers:
+        peer.load_state_dict(ours.state_dict())
     flops = 3 * 2 * B * NARROW * WIDE * positions  # forward, gradient of the input, gradient of the kernel
+    steps = [partial(train_step, module, x) for module, x in zip(modules, inputs, strict=True)]
     return Case(
         name=f"forward + backward, {name}",
-        ours=partial(train_step, ours, x),
-        peers={"six convolutions": partial(train_step, peer, x)},
-        check=partial(check, ours, peer, x),
+        ours=steps[0],
+        peers={"six convolutions": steps[1], "six convolutions, channels last": steps[2]},
+        check=lambda: [check(ours, peer, inputs[0]) for peer in peers],
         floor_seconds=flops / peak,
         floor_note="multiply-adds of the merged kernel on data, not padding, at the speed of a 1024 x 1024 matrix product",
+        at_least=2.5,
         **options,
     )
 
@@ -110,24 +117,30 @@ def cases() -> Iterator[Case]:
     peak = peak_flops()
     for rows, columns in ((8, 24), (2, 96), (1, 192), (24, 8)):
         torch.manual_seed(0)
-        ours, peer = InceptionConv2d(NARROW, WIDE, KERNELS), PaperInception(NARROW, WIDE, KERNELS)
-        # Each takes the memory layout it meets inside its block.
-        x = torch.randn(B, NARROW, rows, columns).to(memory_format=torch.channels_last).requires_grad_()
-        plain = x.detach().contiguous().requires_grad_()
+        modules = [InceptionConv2d(NARROW, WIDE, KERNELS), *(PaperInception(NARROW, WIDE, KERNELS) for _ in range(2))]
+        last = torch.randn(B, NARROW, rows, columns).to(memory_format=torch.channels_last).requires_grad_()
+        first = last.detach().contiguous().requires_grad_()
         name = f"Inception 16 -> 32 on {rows} x {columns}, B {B}"
-        made = case(name, ours, peer, x, taps(rows, columns), peak, at_least=2.5)
-        yield Case(**{**vars(made), "peers": {"six convolutions": partial(train_step, peer, plain)}})
-    hours = torch.arange(192.0)
+        yield case(name, modules, [last, first, last], taps(rows, columns), peak)
+    hours = torch.arange(192.0)[None, :, None]
     torch.manual_seed(0)
-    rhythm = sum(torch.sin(2 * torch.pi * hours / p + phase) for p, phase in ((24, 0), (12, 1), (96, 2), (8, 3)))
-    x = (rhythm[None, :, None] + 0.5 * torch.randn(B, 192, NARROW)).requires_grad_()
-    ours = TimesBlock(NARROW, WIDE, top_k=5, num_kernels=KERNELS)
-    peer = PaperBlock(NARROW, WIDE, top_k=5, num_kernels=KERNELS)
-    from dynakern.sequence.timesnet import dominant_periods
-
-    periods = dict.fromkeys(dominant_periods(x.detach(), 5)[0].tolist())
-    total = 2 * sum(taps(-(-192 // p), p) for p in periods)
-    yield case("TimesBlock of ETTh1, L 192, 5 periods", ours, peer, x, total, peak, at_least=2.5, repeats=5)
+    noise = torch.randn(B, 192, NARROW)
+    inputs = {
+        "all count": 0.1 * noise + sum(0.05 * torch.sin(2 * torch.pi * hours / p) for p in (96, 48, 24, 12)),
+        "few count": noise + sum(h * torch.sin(2 * torch.pi * hours / p) for h, p in ((1, 24), (0.9, 12), (0.3, 8))),
+    }
+    for name, x in inputs.items():
+        x.requires_grad_()
+        separate = TimesBlock(NARROW, WIDE, top_k=5, num_kernels=KERNELS, inception="separate")
+        modules = [TimesBlock(NARROW, WIDE, num_kernels=KERNELS), PaperBlock(NARROW, WIDE, 5, KERNELS), separate]
+        periods, strength = dominant_periods(x.detach(), 5)
+        share = strength.softmax(1)
+        counted = {p: int((share[:, periods == p].sum(1) > 1e-14).sum()) for p in periods.tolist()}
+        total = 2 * sum(n * taps(-(-192 // p), p) for p, n in counted.items()) // B
+        listing = ", ".join(str(p) for p in counted)
+        yield case(
+            f"TimesBlock 16/32, L 192, B {B}, periods {listing}, {name}", modules, [x] * 3, total, peak, repeats=5
+        )
 
 
 if __name__ == "__main__":

@@ -177,8 +177,9 @@ class TimesBlock(nn.Module):
     .. math:: y = x + \sum_i \mathrm{softmax}_i(A_{f_i}) \; \mathrm{unfold}(g(\mathrm{fold}_{p_i}(x))),
         \qquad g = \mathrm{Inception} \circ \mathrm{GELU} \circ \mathrm{Inception}
 
-    ``fold`` pads the sequence with zeros to whole periods; g is shared by all periods, and a period that comes from
-    several frequencies is convolved once, with the sum of their weights. O(k (2K-1)^2 d_model d_ff L) time.
+    ``fold`` pads the sequence with zeros to whole periods; g is shared by all periods. A period that comes from several
+    frequencies is convolved once, with the sum of their weights, and only for the samples that give it a weight above
+    the square of the rounding error. At most O(k (2K-1)^2 d_model d_ff L) time.
 
     Args:
         d_model: Width d of the sequence.
@@ -229,36 +230,35 @@ class TimesBlock(nn.Module):
         length = check_shape("x", x, "B L D")["L"]
         x = x.contiguous()  # so that every fold is a channels-last picture without a copy
         kernels = tuple(c.merge() if c.merged else None for c in (self.conv[0], self.conv[2]))
-        if self.period == "sample":
-            periods, weights = dominant_periods(x, self.top_k, shared=False)
-            share = weights.softmax(1).to(x.dtype)
-            y = x
-            for p in periods.unique().tolist():
-                chosen = periods == p  # (B, k)
-                rows = chosen.any(1).nonzero().squeeze(1)
-                part = (share * chosen).sum(1)[rows, None, None] * self._mix(x[rows], p, kernels)
-                y = y.index_add(0, rows, part)
-            return y
-        if self.period == "batch":
-            periods, weights = dominant_periods(x, self.top_k)
-            listing = periods.tolist()
+        if isinstance(self.period, str):
+            periods, strength = dominant_periods(x, self.top_k, shared=self.period == "batch")
+            distinct = periods.unique().tolist()
         else:
             if max(self.period) > length:
                 raise ValueError(f"`period` must be at most the length {length}, got {self.period}.")
             frequencies = [min(max(round(length / p), 1), length // 2) for p in self.period]
-            listing, weights = list(self.period), _amplitude(x)[:, frequencies]
-        share = weights.softmax(1).to(x.dtype)  # (B, k)
+            periods, strength = torch.tensor(self.period, device=x.device), _amplitude(x)[:, frequencies]
+            distinct = self.period
+        share = strength.softmax(1)  # (B, k)
+        # A share below the square of the rounding error changes nothing, but gradients times subnormal shares are slow.
+        share = share.masked_fill(share < torch.finfo(share.dtype).eps ** 2, 0).to(x.dtype)
         y = x
-        for p in dict.fromkeys(listing):
-            weight = share[:, [i for i, q in enumerate(listing) if q == p]].sum(1)
-            y = y + weight[:, None, None] * self._mix(x, p, kernels)
+        for p in distinct:
+            weight = (share * (periods == p)).sum(1)  # (B,)
+            rows = weight.nonzero().squeeze(1) if isinstance(self.period, str) else None
+            if rows is None or len(rows) == len(x):
+                y = y + weight[:, None, None] * self._mix(x, p, kernels)
+            elif len(rows) > 0:
+                y = y.index_add(0, rows, weight[rows, None, None] * self._mix(x[rows], p, kernels))
         return y
 
     def _mix(self, x: Tensor, period: int, kernels: tuple) -> Tensor:
         length = x.shape[1]
         folded = F.pad(x, (0, 0, 0, -length % period)).unflatten(1, (-1, period))  # (B, rows, p, D)
         h = self.conv[0](folded.permute(0, 3, 1, 2), kernels[0])  # in channels-last memory as it is
-        h = self.conv[1](h.permute(0, 2, 3, 1))  # elementwise, and PyTorch does it ten times faster on a contiguous view
+        h = self.conv[1](
+            h.permute(0, 2, 3, 1)
+        )  # elementwise, and PyTorch does it ten times faster on a contiguous view
         h = self.conv[2](h.permute(0, 3, 1, 2), kernels[1])
         return h.permute(0, 2, 3, 1).flatten(1, 2)[:, :length]
 

@@ -188,34 +188,45 @@ def _base_inverse(R, M, tw, starts, block):
 
 
 @njit(**_OPTIONS)
-def _outer_forward(R, M, radices, starts, tw, real):
-    """Go from the whole to blocks of BASE points; ``real`` says that M is zero (and not set)."""
-    size, blocks = R.shape[0], 1
-    for s in range(len(radices) - 3):
+def _open(R, M, tw, real):
+    """Do the first stage; ``real`` says that M is zero (and not set)."""
+    if real:
+        _forward4_real(R, M, R.shape[0] // 4, tw, 0)
+    else:
+        _forward4(R, M, R.shape[0] // 4, tw, 0)
+
+
+@njit(**_OPTIONS)
+def _close(R, M, tw, real):
+    """Undo :func:`_open`; ``real`` says that only R is wanted."""
+    if real:
+        _inverse4_real(R, M, R.shape[0] // 4, tw, 0)
+    else:
+        _inverse4(R, M, R.shape[0] // 4, tw, 0)
+
+
+@njit(**_OPTIONS)
+def _outer_forward(R, M, radices, starts, tw):
+    """Go from a quarter of the whole to blocks of BASE points."""
+    size, blocks = R.shape[0] // 4, 4
+    for s in range(1, len(radices) - 3):
         for k in range(blocks):
             a, b = k * size, (k + 1) * size
-            if s == 0 and real:
-                _forward4_real(R, M, size // 4, tw, 0)
-            else:
-                _stage_forward(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
+            _stage_forward(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
         size //= radices[s]
         blocks *= radices[s]
 
 
 @njit(**_OPTIONS)
-def _outer_inverse(R, M, radices, starts, tw, real):
-    """Undo :func:`_outer_forward`; ``real`` says that only R is wanted."""
+def _outer_inverse(R, M, radices, starts, tw):
     size = BASE * LANES
     blocks = R.shape[0] // size
-    for s in range(len(radices) - 4, -1, -1):
+    for s in range(len(radices) - 4, 0, -1):
         size *= radices[s]
         blocks //= radices[s]
         for k in range(blocks):
             a, b = k * size, (k + 1) * size
-            if s == 0 and real:
-                _inverse4_real(R, M, size // 4, tw, 0)
-            else:
-                _stage_inverse(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
+            _stage_inverse(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
 
 
 @njit(inline="always", **_OPTIONS)
