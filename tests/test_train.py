@@ -123,7 +123,14 @@ def test_parameter_groups_follow_hints_and_leave_out_the_frozen():
 def test_clip_limits_the_step():
     model = nn.Linear(3, 1)
     before = weights(model)
-    fit(model, data(32), loss=lambda m, b: 1e6 * loss(m, b), budget=Budget(epochs=1), clip=1e-3, optimizer=lambda g: torch.optim.SGD(g))
+    fit(
+        model,
+        data(32),
+        loss=lambda m, b: 1e6 * loss(m, b),
+        budget=Budget(epochs=1),
+        clip=1e-3,
+        optimizer=lambda g: torch.optim.SGD(g),
+    )
     assert float((weights(model) - before).norm()) <= 1.01e-6
 
 
@@ -150,7 +157,12 @@ def test_batched_dataset_and_mixed_precision():
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("60s", Budget(seconds=60)), ("1.5m", Budget(seconds=90)), ("10ep", Budget(epochs=10)), ("2 epochs", Budget(epochs=2))],
+    [
+        ("60s", Budget(seconds=60)),
+        ("1.5m", Budget(seconds=90)),
+        ("10ep", Budget(epochs=10)),
+        ("2 epochs", Budget(epochs=2)),
+    ],
 )
 def test_budget_is_read(text, budget):
     assert Budget.parse(text) == budget

@@ -1,4 +1,4 @@
-"""TimesNet: the merged and cropped convolution against six parallel ones, forward and backward, as the paper writes them."""
+"""TimesNet: one merged and cropped convolution against six parallel ones as the paper writes them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class PaperInception(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, out_channels, H, W)``."""
         return torch.stack([kernel(x) for kernel in self.kernels], dim=-1).mean(-1)
 
 
@@ -45,6 +46,7 @@ class PaperBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, L, d_model)``."""
         length = x.shape[1]
         amplitude = torch.fft.rfft(x, dim=1).abs()
         score = amplitude.mean((0, 2)).detach()
@@ -83,8 +85,10 @@ def peak_flops() -> float:
     return 2 * 1024**3 / time_interleaved({"matmul": lambda: a @ a})["matmul"].median
 
 
-def case(name: str, modules: list[nn.Module], inputs: list[Tensor], positions: int, peak: float, **options) -> Case:
-    """Build a case of ours, the paper's and the paper's in channels-last memory, each with its own input.
+def case(
+    name: str, labels: tuple[str, str], modules: list[nn.Module], inputs: list[Tensor], positions: int, peak: float
+) -> Case:
+    """Build a case of our module and two labelled peers, each with its own input.
 
     ``positions`` counts the (place, kernel tap) pairs of all convolutions of one sample.
     """
@@ -96,12 +100,12 @@ def case(name: str, modules: list[nn.Module], inputs: list[Tensor], positions: i
     return Case(
         name=f"forward + backward, {name}",
         ours=steps[0],
-        peers={"six convolutions": steps[1], "six convolutions, channels last": steps[2]},
+        peers=dict(zip(labels, steps[1:], strict=True)),
         check=lambda: [check(ours, peer, inputs[0]) for peer in peers],
         floor_seconds=flops / peak,
-        floor_note="multiply-adds of the merged kernel on data, not padding, at the speed of a 1024 x 1024 matrix product",
+        floor_note="multiply-adds of the merged kernel on data, without padding, at the speed of a matrix product",
         at_least=2.5,
-        **options,
+        repeats=5,
     )
 
 
@@ -121,13 +125,15 @@ def cases() -> Iterator[Case]:
         last = torch.randn(B, NARROW, rows, columns).to(memory_format=torch.channels_last).requires_grad_()
         first = last.detach().contiguous().requires_grad_()
         name = f"Inception 16 -> 32 on {rows} x {columns}, B {B}"
-        yield case(name, modules, [last, first, last], taps(rows, columns), peak)
+        labels = "six convolutions", "six convolutions, channels last"
+        yield case(name, labels, modules, [last, first, last], taps(rows, columns), peak)
     hours = torch.arange(192.0)[None, :, None]
     torch.manual_seed(0)
     noise = torch.randn(B, 192, NARROW)
     inputs = {
-        "all count": 0.1 * noise + sum(0.05 * torch.sin(2 * torch.pi * hours / p) for p in (96, 48, 24, 12)),
-        "few count": noise + sum(h * torch.sin(2 * torch.pi * hours / p) for h, p in ((1, 24), (0.9, 12), (0.3, 8))),
+        "all periods weigh": 0.1 * noise + sum(0.05 * torch.sin(2 * torch.pi * hours / p) for p in (96, 48, 24, 12)),
+        "weak periods underflow": noise
+        + sum(h * torch.sin(2 * torch.pi * hours / p) for h, p in ((1, 24), (0.9, 12), (0.3, 8))),
     }
     for name, x in inputs.items():
         x.requires_grad_()
@@ -138,9 +144,8 @@ def cases() -> Iterator[Case]:
         counted = {p: int((share[:, periods == p].sum(1) > 1e-14).sum()) for p in periods.tolist()}
         total = 2 * sum(n * taps(-(-192 // p), p) for p, n in counted.items()) // B
         listing = ", ".join(str(p) for p in counted)
-        yield case(
-            f"TimesBlock 16/32, L 192, B {B}, periods {listing}, {name}", modules, [x] * 3, total, peak, repeats=5
-        )
+        title = f"TimesBlock 16/32, L 192, B {B}, periods {listing}, {name}"
+        yield case(title, ("six convolutions", "six convolutions, our folding"), modules, [x] * 3, total, peak)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,80 @@ class System:
         return f"dynakern.{self.wing}.{self.slug}"
 
 
-SYSTEMS: tuple[System, ...] = ()
+SYSTEMS: tuple[System, ...] = (
+    System(
+        slug="s4d",
+        title="diagonal state-space layers",
+        paper="Gu et al., 2022, arXiv:2206.11893",
+        wing="sequence",
+        kind="network",
+        names=(
+            "dynakern.sequence:S4D",
+            "dynakern.sequence:S4DModel",
+            "dynakern.sequence.s4d:S4DKernel",
+            "dynakern.sequence.s4d:S4DRecurrence",
+            "dynakern.sequence.s4d:vandermonde",
+            "dynakern.sequence.s4d:ssm_init",
+            "dynakern.sequence.s4d:hippo",
+        ),
+        variants=(
+            "s4d_classifier",
+            "s4d_scifar",
+            "s4d_lra_listops",
+            "s4d_lra_text",
+            "s4d_lra_image",
+            "s4d_lra_pathfinder",
+            "s4d_lra_pathx",
+            "s4d_sc35",
+            "s4d_bidmc",
+        ),
+        tasks={
+            "forecast": "dynakern.sequence.s4d:forecast",
+            "classify-series": "dynakern.sequence.s4d:classify_series",
+        },
+        golden="s4d",
+    ),
+    System(
+        slug="timesnet",
+        title="2-D convolutions of series folded at their own periods",
+        paper="Wu et al., 2023, arXiv:2210.02186",
+        wing="sequence",
+        kind="network",
+        names=(
+            "dynakern.sequence.timesnet:TimesNet",
+            "dynakern.sequence.timesnet:TimesBlock",
+            "dynakern.sequence.timesnet:InceptionConv2d",
+            "dynakern.sequence.timesnet:dominant_periods",
+        ),
+        variants=(
+            "timesnet",
+            "timesnet_ecl",
+            "timesnet_ett_imputation",
+            "timesnet_etth1",
+            "timesnet_etth2",
+            "timesnet_ettm1",
+            "timesnet_ettm2",
+            "timesnet_exchange",
+            "timesnet_ili",
+            "timesnet_m4",
+            "timesnet_msl",
+            "timesnet_psm",
+            "timesnet_smap",
+            "timesnet_smd",
+            "timesnet_swat",
+            "timesnet_traffic",
+            "timesnet_uea",
+            "timesnet_weather",
+        ),
+        tasks={
+            "forecast": "dynakern.sequence.timesnet:forecaster",
+            "impute": "dynakern.sequence.timesnet:imputer",
+            "detect": "dynakern.sequence.timesnet:detector",
+            "classify-series": "dynakern.sequence.timesnet:series_classifier",
+        },
+        golden="timesnet",
+    ),
+)
 
 
 def find_system(slug: str) -> System:

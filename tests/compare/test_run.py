@@ -66,7 +66,9 @@ def test_every_competitor_and_seed_is_a_row(plain):
 
 def test_the_database_can_be_asked_with_plain_sql(plain):
     with sqlite3.connect(plain.store.path) as db:
-        rows = db.execute("SELECT competitor, avg(value) FROM metrics WHERE name='mse' GROUP BY 1 ORDER BY 2").fetchall()
+        rows = db.execute(
+            "SELECT competitor, avg(value) FROM metrics WHERE name='mse' GROUP BY 1 ORDER BY 2"
+        ).fetchall()
     assert [row[0] for row in rows] == [s.competitor for s in plain.summaries]
 
 

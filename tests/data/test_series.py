@@ -56,7 +56,10 @@ def test_bundled_sample_is_the_published_file():
         (GOOD.replace("4.5", "inf"), r"line 4, column 'OT': 'inf' is not a finite number"),
         (GOOD.replace("02:00:00", "00:30:00"), r"line 4, column 'date': time must increase, got 2016-07-01T00:30:00"),
         (GOOD.replace("02:00:00", "01:00:00"), r"line 4, column 'date': time must increase"),
-        (GOOD.replace("2016-07-01 01", "1st of July 01"), r"line 3, column 'date': '1st of July 01:00:00' is no ISO time"),
+        (
+            GOOD.replace("2016-07-01 01", "1st of July 01"),
+            r"line 3, column 'date': '1st of July 01:00:00' is no ISO time",
+        ),
         (GOOD.replace("2,3.5", "2"), r"line 3: 2 field\(s\), the header has 3"),
         (GOOD.replace("load", "OT"), r"line 1: column name\(s\) used twice: OT"),
         ("date,OT\n", r"must have a header line and data, got 1 line"),

@@ -183,7 +183,10 @@ def test_detector_refuses():
 def test_classifier_on_unequal_lengths_and_channels():
     rng = np.random.default_rng(0)
     lengths, y = rng.integers(20, 30, 80), np.arange(80) % 2
-    X = [rng.standard_normal((n, 2)) * 0.3 + np.sin(np.arange(n) * (0.3 + 0.9 * c))[:, None] for n, c in zip(lengths, y, strict=True)]
+    X = [
+        rng.standard_normal((n, 2)) * 0.3 + np.sin(np.arange(n) * (0.3 + 0.9 * c))[:, None]
+        for n, c in zip(lengths, y, strict=True)
+    ]
     labels = np.array(["slow", "fast"])[y]
     model = SeriesClassifier(pooled_factory, budget="15ep", random_state=0).fit(X[:60], labels[:60])
     assert model.score(X[60:], labels[60:]) > 0.9

@@ -2,8 +2,8 @@
 
 Wu et al., 2023 (arXiv:2210.02186) claim that adaptive folding lets one backbone lead at forecasting and imputation: MSE
 0.384 on ETTh1 from 96 to 96 steps, and about 0.069 when a quarter of its entries are missing. Here: the folding itself
-against a single row and against wrong periods; the forecast against repeating the last day; the imputation against linear
-interpolation. The networks are smaller and trained for fewer steps than the paper's.
+against a single row and against wrong periods; the forecast against repeating the last day; the imputation against
+linear interpolation. The networks are smaller and trained for fewer steps than the paper's.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _tensors(*arrays: np.ndarray) -> Batch:
 def etth1_forecast(progress: Progress) -> Iterator[Measurement]:
     """Forecast ETTh1 from 96 to 96 steps: standardised MSE against repeating the last day.
 
-    Rows of 12 months train and of months 17 to 20 test, standardised by the training rows; every 16th test window.
+    Rows of 12 months train and of months 17 to 20 test, standardised by the training rows; every 16th test window. What
+    folding adds on this data is reported without a bound: the same network, not folded.
     """
     task = _etth1()
     windows = task.starts("train")
@@ -135,16 +136,32 @@ def etth1_forecast(progress: Progress) -> Iterator[Measurement]:
         x, marks = task.inputs(starts)
         return *_tensors(x, task.targets(starts), marks), None
 
-    torch.manual_seed(0)
-    model = TimesNet(pred_len=96, d_model=16, d_ff=16, num_kernels=5, top_k=5, e_layers=1)
-    draw = lambda size, generator: batch(generator.choice(windows, size, replace=False))  # noqa: E731
-    _train(model, draw, steps=240, size=32, lr=2e-3, seed=0, progress=progress, label="ETTh1 forecast")
+    def draw(size: int, generator: np.random.Generator) -> Batch:
+        return batch(generator.choice(windows, size, replace=False))
+
     test = task.starts("test")[::16]
-    chunks = np.split(test, range(32, len(test), 32))
-    mse = _evaluate(model, [batch(starts) for starts in chunks])
+    batches = [batch(starts) for starts in np.split(test, range(32, len(test), 32))]
+    errors = {}
+    for i, (name, period) in enumerate({"adaptive": "batch", "a single row": (192,)}.items()):
+        torch.manual_seed(0)
+        model = TimesNet(pred_len=96, d_model=16, d_ff=16, num_kernels=5, top_k=5, e_layers=1, period=period)
+        report = partial(_part_of, progress, i / 2, 1 / 2)
+        _train(model, draw, steps=240, size=32, lr=2e-3, seed=0, progress=report, label=f"ETTh1 forecast, {name}")
+        errors[name] = _evaluate(model, batches)
     repeated = task.score(lambda starts: np.tile(task.inputs(starts)[0][:, -24:], (1, 4, 1)), test)["mse"]
-    yield Measurement(name="ETTh1 96 to 96, baseline repeats the last day", value=mse, unit="MSE", baseline=repeated,
-                      at_most=min(0.45, repeated))
+    yield Measurement(
+        name="96 to 96 steps, baseline repeats the last day",
+        value=errors["adaptive"],
+        unit="MSE",
+        at_most=min(0.45, repeated),
+        baseline=repeated,
+    )
+    yield Measurement(
+        name="96 to 96 steps, baseline the same network on a single row",
+        value=errors["adaptive"],
+        unit="MSE",
+        baseline=errors["a single row"],
+    )
 
 
 def etth1_imputation(progress: Progress) -> Iterator[Measurement]:
@@ -165,13 +182,13 @@ def etth1_imputation(progress: Progress) -> Iterator[Measurement]:
 
     torch.manual_seed(0)
     model = TimesNet("impute", d_model=16, d_ff=16, num_kernels=4, top_k=3)
-    _train(model, draw, steps=600, size=16, lr=3e-3, seed=0, progress=progress, label="ETTh1 imputation")
+    _train(model, draw, steps=1500, size=16, lr=3e-3, seed=0, progress=progress, label="ETTh1 imputation")
     generator = np.random.default_rng(1000)
     test = np.arange(task.rows["test"][0], task.rows["test"][1] - 96 + 1)[::16]
     batches = [draw(len(part), generator, part) for part in np.split(test, range(16, len(test), 16))]
     error = [(_interpolate(x, mask) - target)[mask == 0] for x, target, _, mask in batches]
     yield Measurement(
-        name="ETTh1, 25 % missing, baseline linear interpolation",
+        name="25 % missing, baseline linear interpolation",
         value=_evaluate(model, batches),
         unit="MSE",
         at_most=0.095,

@@ -15,14 +15,15 @@ gives the gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from dynakern.ops.dispatch import numba_threads
 from dynakern.ops.fft_conv.reference import split_taps
 
 __all__ = ["backward", "forward"]
@@ -164,52 +165,28 @@ def _stage_inverse(R, M, radix, tw, k):
 
 
 @njit(**_OPTIONS)
-def _base_forward(R, M, tw, starts, block):
-    s = len(starts) - 3
-    _forward4(R, M, 16 * LANES, tw, starts[s] + block)
-    for j in range(4):
-        a, b = 16 * j * LANES, 16 * (j + 1) * LANES
-        _forward4(R[a:b], M[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
-    for j in range(16):
-        a, b = 4 * j * LANES, 4 * (j + 1) * LANES
-        _forward4(R[a:b], M[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
-
-
-@njit(**_OPTIONS)
-def _base_inverse(R, M, tw, starts, block):
-    s = len(starts) - 3
-    for j in range(16):
-        a, b = 4 * j * LANES, 4 * (j + 1) * LANES
-        _inverse4(R[a:b], M[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
-    for j in range(4):
-        a, b = 16 * j * LANES, 16 * (j + 1) * LANES
-        _inverse4(R[a:b], M[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
-    _inverse4(R, M, 16 * LANES, tw, starts[s] + block)
-
-
-@njit(**_OPTIONS)
-def _open(R, M, tw, real):
+def _open(R, M, radices, starts, tw, real):
     """Do the first stage; ``real`` says that M is zero (and not set)."""
     if real:
         _forward4_real(R, M, R.shape[0] // 4, tw, 0)
     else:
-        _forward4(R, M, R.shape[0] // 4, tw, 0)
+        _stage_forward(R, M, radices[0], tw, starts[0])
 
 
 @njit(**_OPTIONS)
-def _close(R, M, tw, real):
+def _close(R, M, radices, starts, tw, real):
     """Undo :func:`_open`; ``real`` says that only R is wanted."""
     if real:
         _inverse4_real(R, M, R.shape[0] // 4, tw, 0)
     else:
-        _inverse4(R, M, R.shape[0] // 4, tw, 0)
+        _stage_inverse(R, M, radices[0], tw, starts[0])
 
 
 @njit(**_OPTIONS)
-def _outer_forward(R, M, radices, starts, tw):
-    """Go from a quarter of the whole to blocks of BASE points."""
+def _descend(R, M, radices, starts, tw):
+    """Go from the four quarters to segments that fit the first-level cache."""
     size, blocks = R.shape[0] // 4, 4
-    for s in range(1, len(radices) - 3):
+    for s in range(1, len(radices) - 4):
         for k in range(blocks):
             a, b = k * size, (k + 1) * size
             _stage_forward(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
@@ -218,15 +195,61 @@ def _outer_forward(R, M, radices, starts, tw):
 
 
 @njit(**_OPTIONS)
-def _outer_inverse(R, M, radices, starts, tw):
-    size = BASE * LANES
+def _ascend(R, M, radices, starts, tw):
+    """Undo :func:`_descend`."""
+    size = R.shape[0]
+    for s in range(len(radices) - 4):
+        size //= radices[s]
     blocks = R.shape[0] // size
-    for s in range(len(radices) - 4, 0, -1):
+    for s in range(len(radices) - 5, 0, -1):
         size *= radices[s]
         blocks //= radices[s]
         for k in range(blocks):
             a, b = k * size, (k + 1) * size
             _stage_inverse(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
+
+
+@njit(**_OPTIONS)
+def _segment_forward(R, M, radices, starts, tw, segment):
+    """Do the last four stages (three if there are no more than four) of one segment: here lengths are constants."""
+    s, size = len(radices) - 3, BASE * LANES
+    blocks = R.shape[0] // size
+    if blocks > 1:
+        _stage_forward(R, M, radices[s - 1], tw, starts[s - 1] + segment)
+    for block in range(segment * blocks, (segment + 1) * blocks):
+        base = (block - segment * blocks) * size
+        r, m = R[base : base + size], M[base : base + size]
+        _forward4(r, m, 16 * LANES, tw, starts[s] + block)
+        for j in range(4):
+            a, b = 16 * j * LANES, 16 * (j + 1) * LANES
+            _forward4(r[a:b], m[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
+        for j in range(16):
+            a, b = 4 * j * LANES, 4 * (j + 1) * LANES
+            _forward4(r[a:b], m[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
+
+
+@njit(**_OPTIONS)
+def _segment_inverse(R, M, radices, starts, tw, segment):
+    """Undo :func:`_segment_forward`."""
+    s, size = len(radices) - 3, BASE * LANES
+    blocks = R.shape[0] // size
+    for block in range(segment * blocks, (segment + 1) * blocks):
+        base = (block - segment * blocks) * size
+        r, m = R[base : base + size], M[base : base + size]
+        for j in range(16):
+            a, b = 4 * j * LANES, 4 * (j + 1) * LANES
+            _inverse4(r[a:b], m[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
+        for j in range(4):
+            a, b = 16 * j * LANES, 16 * (j + 1) * LANES
+            _inverse4(r[a:b], m[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
+        _inverse4(r, m, 16 * LANES, tw, starts[s] + block)
+    if blocks > 1:
+        _stage_inverse(R, M, radices[s - 1], tw, starts[s - 1] + segment)
+
+
+@njit(**_OPTIONS)
+def _segment_size(radices):
+    return BASE * LANES * (radices[-4] if len(radices) > 4 else 1)
 
 
 @njit(inline="always", **_OPTIONS)
@@ -235,49 +258,56 @@ def _weave(out, a, b, c, d):
         out[4 * j], out[4 * j + 1], out[4 * j + 2], out[4 * j + 3] = a[j], b[j], c[j], d[j]
 
 
-@njit(inline="always", **_OPTIONS)
-def _row(r, H, C, c):
-    """Return where row r of (B, H) lies in a flattened (B, C, H) for channel c."""
-    return (r // H * C + c) * H + r % H
+@njit(**_OPTIONS)
+def _fill(R, value):
+    for t in range(R.shape[0]):
+        R[t] = value
 
 
 @njit(**_OPTIONS)
-def _load(x, L, H, C, c, first, count, R):
-    """Lay L steps of ``count`` rows side by side in R, zeros in the other lanes and after the last step."""
+def _find_rows(first, count, H, C, c, rows):
+    """Set rows to where rows first ... of a flattened (B, H) lie in a flattened (B, C, H), channel c."""
+    for w in range(count):
+        rows[w] = ((first + w) // H * C + c) * H + (first + w) % H
+
+
+@njit(**_OPTIONS)
+def _load(x, L, rows, count, R):
+    """Lay L steps of ``count`` rows of x side by side in R, zeros in the other lanes and after the last step."""
     if count == LANES:
         s = np.empty((4, 4 * CHUNK), x.dtype)
         for l in range(0, L, CHUNK):
-            n = min(L - l, CHUNK)
+            n, e = min(L - l, CHUNK), min(L, l + CHUNK)
             for w in range(4):
-                _weave(
-                    s[w],
-                    x[_row(first + w, H, C, c), l : l + n],
-                    x[_row(first + 4 + w, H, C, c), l : l + n],
-                    x[_row(first + 8 + w, H, C, c), l : l + n],
-                    x[_row(first + 12 + w, H, C, c), l : l + n],
-                )
-            _weave(R[LANES * l : LANES * (l + n)], s[0, : 4 * n], s[1, : 4 * n], s[2, : 4 * n], s[3, : 4 * n])
+                _weave(s[w], x[rows[w], l:e], x[rows[w + 4], l:e], x[rows[w + 8], l:e], x[rows[w + 12], l:e])
+            _weave(R[LANES * l : LANES * e], s[0, : 4 * n], s[1, : 4 * n], s[2, : 4 * n], s[3, : 4 * n])
+        _fill(R[LANES * L :], 0)
     else:
-        R[: LANES * L] = 0
+        _fill(R, 0)
         for w in range(count):
-            row = x[_row(first + w, H, C, c)]
+            row = x[rows[w]]
             for l in range(L):
                 R[LANES * l + w] = row[l]
-    R[LANES * L :] = 0
 
 
 @njit(**_OPTIONS)
-def _store(R, y, L, H, C, c, first, count):
-    """Write L steps of the first ``count`` lanes of R back into rows."""
-    for w in range(0, count - count % 4, 4):
-        a, b = y[_row(first + w, H, C, c)], y[_row(first + w + 1, H, C, c)]
-        e, f = y[_row(first + w + 2, H, C, c)], y[_row(first + w + 3, H, C, c)]
+def _store(R, y, L, rows, count):
+    """Write L steps of the first ``count`` lanes of R into rows of y."""
+    fours = count - count % 4
+    for w in range(0, fours, 4):
+        a, b, c, d = y[rows[w]], y[rows[w + 1]], y[rows[w + 2]], y[rows[w + 3]]
         for l in range(L):
-            a[l], b[l], e[l], f[l] = R[LANES * l + w], R[LANES * l + w + 1], R[LANES * l + w + 2], R[LANES * l + w + 3]
-    for w in range(count - count % 4, count):
-        row = y[_row(first + w, H, C, c)]
+            a[l], b[l], c[l], d[l] = R[LANES * l + w], R[LANES * l + w + 1], R[LANES * l + w + 2], R[LANES * l + w + 3]
+    for w in range(fours, count):
+        row = y[rows[w]]
         for l in range(L):
             row[l] = R[LANES * l + w]
+
+
+@njit(**_OPTIONS)
+def _copy(R, out):
+    for t in range(R.shape[0]):
+        out[t] = R[t]
 
 
 @njit(**_OPTIONS)
@@ -288,171 +318,185 @@ def _multiply(R, M, Kr, Ki):
 
 
 @njit(**_OPTIONS)
-def _multiply_into(R, M, Kr, Ki, Yr, Yi):
-    for t in range(R.shape[0]):
-        Yr[t], Yi[t] = R[t] * Kr[t] - M[t] * Ki[t], R[t] * Ki[t] + M[t] * Kr[t]
-
-
-@njit(**_OPTIONS)
 def _add_correlation(Yr, Yi, Kr, Ki, R, M):
+    """Add Y conj(K) to R + i M."""
     for t in range(R.shape[0]):
         R[t] += Yr[t] * Kr[t] + Yi[t] * Ki[t]
         M[t] += Yi[t] * Kr[t] - Yr[t] * Ki[t]
 
 
-@njit(parallel=True, **_OPTIONS)
-def _spectra(k, width, past, future, radices, starts, tw, scale, K):
-    """Transform the kernels (C * width, T), times ``scale``, into K (groups, C, 2, points * LANES)."""
-    C, T, n = k.shape[0] // width, k.shape[1], K.shape[3]
-    for task in prange(K.shape[0] * C):
-        g, c = task // C, task % C
-        first, count = c * width + g * LANES, min(LANES, width - g * LANES)
-        R, M = K[g, c, 0], K[g, c, 1]
-        _load(k, past, width, 1, 0, first, count, R)
-        R[: past * LANES] *= scale
+@njit(**_OPTIONS)
+def _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K):
+    """Fill K (C, 2, n) with the spectra, times ``scale``, of the kernels (C * width, T) of group g."""
+    T, n, size = k.shape[1], K.shape[2], _segment_size(radices)
+    count = min(LANES, width - g * LANES)
+    for c in range(K.shape[0]):
+        first, R, M = c * width + g * LANES, K[c, 0], K[c, 1]
+        _load(k, past, np.arange(first, first + LANES), count, R)
         if future > 0:
-            M[:] = 0
+            _fill(M, 0)
             for i in range(1, future + 1):
                 for w in range(count):
-                    M[n - i * LANES + w] = -scale * k[first + w, T - i]
-        _outer_forward(R, M, radices, starts, tw, future == 0)
-        for block in range(n // (BASE * LANES)):
-            a, b = block * BASE * LANES, (block + 1) * BASE * LANES
-            _base_forward(R[a:b], M[a:b], tw, starts, block)
+                    M[n - i * LANES + w] = -k[first + w, T - i]
+        _open(R, M, radices, starts, tw, future == 0)
+        _descend(R, M, radices, starts, tw)
+        for segment in range(n // size):
+            a, b = segment * size, (segment + 1) * size
+            _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
+        for t in range(n):
+            R[t], M[t] = scale * R[t], scale * M[t]
 
 
-@njit(parallel=True, **_OPTIONS)
-def _convolve(u, K, y, H, width, parts, radices, starts, tw):
-    """Fill y (B * C * H, L) from u (B * H, L) and the spectra; each group's batch is cut into ``parts`` tasks."""
+@njit(**_OPTIONS)
+def _convolve_group(u, k, y, g, part, parts, H, width, past, future, radices, starts, tw, scale, n):
+    """Do part ``part`` of ``parts`` of the batch for the features of group g."""
     rows, L = u.shape
-    C, n = K.shape[1], K.shape[3]
-    steps = (rows + width - 1) // width
-    for task in prange(K.shape[0] * parts):
-        g, part = task // parts, task % parts
-        z = np.empty((C, 2, n), u.dtype)
-        R, M = z[C - 1, 0], z[C - 1, 1]
-        for step in range(steps * part // parts, steps * (part + 1) // parts):
-            first = step * width + g * LANES
-            count = min(LANES, width - g * LANES, rows - first)
-            _load(u, L, H, 1, 0, first, count, R)
-            _outer_forward(R, M, radices, starts, tw, True)
-            for block in range(n // (BASE * LANES)):
-                a, b = block * BASE * LANES, (block + 1) * BASE * LANES
-                _base_forward(R[a:b], M[a:b], tw, starts, block)
-                for c in range(C - 1):
-                    _multiply_into(R[a:b], M[a:b], K[g, c, 0, a:b], K[g, c, 1, a:b], z[c, 0, a:b], z[c, 1, a:b])
-                    _base_inverse(z[c, 0, a:b], z[c, 1, a:b], tw, starts, block)
-                _multiply(R[a:b], M[a:b], K[g, C - 1, 0, a:b], K[g, C - 1, 1, a:b])
-                _base_inverse(R[a:b], M[a:b], tw, starts, block)
+    C, real = k.shape[0] // width, future >= 0  # signals have no imaginary part
+    size, steps = _segment_size(radices), (rows + width - 1) // width
+    K, z, lanes = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.empty(LANES, np.int64)
+    R, M = z[C - 1, 0], z[C - 1, 1]  # the last channel's product takes the place of the signal's spectrum
+    _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
+    for step in range(steps * part // parts, steps * (part + 1) // parts):
+        first = step * width + g * LANES
+        count = min(LANES, width - g * LANES, rows - first)
+        _find_rows(first, count, H, C // C, C - C, lanes)
+        _load(u, L, lanes, count, R)
+        _open(R, M, radices, starts, tw, real)
+        _descend(R, M, radices, starts, tw)
+        for segment in range(n // size):
+            a, b = segment * size, (segment + 1) * size
+            _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
             for c in range(C):
-                _outer_inverse(z[c, 0], z[c, 1], radices, starts, tw, True)
-                _store(z[c, 0], y, L, H, C, c, first, count)
-
-
-@njit(parallel=True, **_OPTIONS)
-def _correlate(dy, u, K, du, dk, H, width, past, future, radices, starts, tw, scale):
-    """Fill du (B * H, L) and dk (C * width, T) from dy (B * C * H, L), u (B * H, L) and the spectra."""
-    rows, L = u.shape
-    T, C, n = dk.shape[1], K.shape[1], K.shape[3]
-    for g in prange(K.shape[0]):
-        z, dK = np.empty((C, 2, n), u.dtype), np.zeros((C, 2, n), u.dtype)
-        U, dU = np.empty((2, n), u.dtype), np.empty((2, BASE * LANES), u.dtype)
-        for step in range((rows + width - 1) // width):
-            first = step * width + g * LANES
-            count = min(LANES, width - g * LANES, rows - first)
-            _load(u, L, H, 1, 0, first, count, U[0])
-            _outer_forward(U[0], U[1], radices, starts, tw, True)
-            for c in range(C):
-                _load(dy, L, H, C, c, first, count, z[c, 0])
-                _outer_forward(z[c, 0], z[c, 1], radices, starts, tw, True)
-            for block in range(n // (BASE * LANES)):
-                a, b = block * BASE * LANES, (block + 1) * BASE * LANES
-                _base_forward(U[0, a:b], U[1, a:b], tw, starts, block)
-                dU[:] = 0
-                for c in range(C):
-                    Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
-                    _base_forward(Yr, Yi, tw, starts, block)
-                    _add_correlation(Yr, Yi, U[0, a:b], U[1, a:b], dK[c, 0, a:b], dK[c, 1, a:b])
-                    _add_correlation(Yr, Yi, K[g, c, 0, a:b], K[g, c, 1, a:b], dU[0], dU[1])
-                _base_inverse(dU[0], dU[1], tw, starts, block)
-                U[:, a:b] = dU
-            _outer_inverse(U[0], U[1], radices, starts, tw, True)
-            _store(U[0], du, L, H, 1, 0, first, count)
+                Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
+                if c < C - 1:
+                    _copy(R[a:b], Yr)
+                    _copy(M[a:b], Yi)
+                _multiply(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b])
+                _segment_inverse(Yr, Yi, radices, starts, tw, segment)
         for c in range(C):
-            R, M = dK[c, 0], dK[c, 1]
-            for block in range(n // (BASE * LANES)):
-                a, b = block * BASE * LANES, (block + 1) * BASE * LANES
-                _base_inverse(R[a:b], M[a:b], tw, starts, block)
-            _outer_inverse(R, M, radices, starts, tw, future == 0)
-            R[: past * LANES] *= scale
-            first, count = c * width + g * LANES, min(LANES, width - g * LANES)
-            _store(R, dk, past, width, 1, 0, first, count)
-            for i in range(1, future + 1):
-                for w in range(count):
-                    dk[first + w, T - i] = -scale * M[n - i * LANES + w]
+            _ascend(z[c, 0], z[c, 1], radices, starts, tw)
+            _close(z[c, 0], z[c, 1], radices, starts, tw, real)
+            _find_rows(first, count, H, C, c, lanes)
+            _store(z[c, 0], y, L, lanes, count)
+
+
+@njit(**_OPTIONS)
+def _correlate_group(dy, u, k, du, dk, g, H, width, past, future, radices, starts, tw, scale, n):
+    """Do the gradients for the features of group g: over the batch in order, so that sums have one result."""
+    rows, L = u.shape
+    T, C, size, real = dk.shape[1], k.shape[0] // width, _segment_size(radices), future >= 0
+    K, z, dK = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.zeros((C, 2, n), u.dtype)
+    lanes, U, dU = np.empty(LANES, np.int64), np.empty((2, n), u.dtype), np.empty((2, size), u.dtype)
+    _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
+    for step in range((rows + width - 1) // width):
+        first = step * width + g * LANES
+        count = min(LANES, width - g * LANES, rows - first)
+        _find_rows(first, count, H, C // C, C - C, lanes)
+        _load(u, L, lanes, count, U[0])
+        _open(U[0], U[1], radices, starts, tw, real)
+        _descend(U[0], U[1], radices, starts, tw)
+        for c in range(C):
+            _find_rows(first, count, H, C, c, lanes)
+            _load(dy, L, lanes, count, z[c, 0])
+            _open(z[c, 0], z[c, 1], radices, starts, tw, real)
+            _descend(z[c, 0], z[c, 1], radices, starts, tw)
+        for segment in range(n // size):
+            a, b = segment * size, (segment + 1) * size
+            _segment_forward(U[0, a:b], U[1, a:b], radices, starts, tw, segment)
+            _fill(dU[0], 0)
+            _fill(dU[1], 0)
+            for c in range(C):
+                Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
+                _segment_forward(Yr, Yi, radices, starts, tw, segment)
+                _add_correlation(Yr, Yi, U[0, a:b], U[1, a:b], dK[c, 0, a:b], dK[c, 1, a:b])
+                _add_correlation(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b], dU[0], dU[1])
+            _segment_inverse(dU[0], dU[1], radices, starts, tw, segment)
+            _copy(dU[0], U[0, a:b])
+            _copy(dU[1], U[1, a:b])
+        _ascend(U[0], U[1], radices, starts, tw)
+        _close(U[0], U[1], radices, starts, tw, real)
+        _find_rows(first, count, H, C // C, C - C, lanes)
+        _store(U[0], du, L, lanes, count)
+    count = min(LANES, width - g * LANES)
+    for c in range(C):
+        first, R, M = c * width + g * LANES, dK[c, 0], dK[c, 1]
+        for t in range(n):
+            R[t], M[t] = scale * R[t], scale * M[t]
+        for segment in range(n // size):
+            a, b = segment * size, (segment + 1) * size
+            _segment_inverse(R[a:b], M[a:b], radices, starts, tw, segment)
+        _ascend(R, M, radices, starts, tw)
+        _close(R, M, radices, starts, tw, future == 0)
+        _store(R, dk, past, np.arange(first, first + LANES), count)
+        for i in range(1, future + 1):
+            for w in range(count):
+                dk[first + w, T - i] = -M[n - i * LANES + w]
 
 
 @lru_cache(maxsize=32)
 def _plan(length: int, dtype: torch.dtype) -> tuple:
-    """Return points N >= length, the radix and first twiddle of each stage, the twiddles, and 1 / N."""
+    """Return the radix and the first twiddle of each stage, the twiddles, 1 / N and N * LANES for N >= length."""
     sizes = (4 * BASE * 2**a * 3**b for a in range(26) for b in range(17))
     points = min(size for size in sizes if size >= length)
-    rest = points // (4 * BASE)
-    radices = [4]
-    for radix in (4, 3, 2):
-        while rest % radix == 0:
-            radices.append(radix)
-            rest //= radix
-    radices += [4, 4, 4]
+    rest, threes = points // (4 * BASE), 0
+    while rest % 3 == 0:
+        rest, threes = rest // 3, threes + 1
+    twos = rest.bit_length() - 1
+    radices = [4] + [3] * threes + [2] * (twos % 2) + [4] * (twos // 2) + [4, 4, 4]
     angles, stages = np.array([np.pi / 2]), []
     for radix in radices:
         stages.append(angles / radix)
         angles = ((angles[:, None] + 2 * np.pi * np.arange(radix)) / radix).reshape(-1)
     starts = np.cumsum([0] + [len(stage) for stage in stages[:-1]])
     roots = np.concatenate(stages)
-    dtype_of = np.float64 if dtype == torch.float64 else np.float32
-    twiddles = np.stack([f(m * roots) for m in (1, 2, 3) for f in (np.cos, np.sin)], 1).astype(dtype_of)
-    return points, np.array(radices), starts, twiddles, dtype_of(1 / points)
+    real = np.float64 if dtype == torch.float64 else np.float32
+    twiddles = np.stack([f(m * roots) for m in (1, 2, 3) for f in (np.cos, np.sin)], 1).astype(real)
+    return np.array(radices), starts, twiddles, real(1 / points), points * LANES
 
 
-def _spectra_of(k: Tensor, batch: int, length: int, causal: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the kernels as an array of rows, their spectra, and the number of lanes' rows that use one kernel each."""
-    C, H, T = k.shape
-    if H < LANES:  # several series share the lanes, each with a copy of the kernels
-        k = k.repeat(1, min(LANES // H, max(batch, 1)), 1)
-    width = k.shape[1]
-    points, radices, starts, tw, scale = _plan(length, k.dtype)
-    rows = k.reshape(C * width, T).detach().numpy()
-    K = np.empty((-(-width // LANES), C, 2, points * LANES), tw.dtype)
-    _spectra(rows, width, *split_taps(length, T, causal), radices, starts, tw, scale, K)
-    return rows, K, width
+def _share_lanes(k: Tensor, batch: int) -> Tensor:
+    """Repeat the kernels of fewer than LANES features, so that several series fill the lanes together."""
+    H = k.shape[1]
+    return k.repeat(1, max(1, min(LANES // H, batch)), 1) if H < LANES else k.contiguous()
+
+
+def _run(task: Callable[[int], None], count: int) -> None:
+    """Do tasks 0 .. count - 1 on PyTorch's number of threads; the kernels release the interpreter's lock.
+
+    Threads outside of Numba's own layer: a ``parallel=True`` kernel takes three times as long to compile.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads == 1:
+        for i in range(count):
+            task(i)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(task, range(count)):
+                pass
 
 
 def forward(u: Tensor, k: Tensor, causal: bool) -> Tensor:
     """Return y ``(B, C, H, L)`` from u ``(B, H, L)`` and k ``(C, H, T)``, both float32 or both float64."""
-    (B, H, L), C = u.shape, k.shape[0]
-    u, k = u.contiguous(), k.contiguous()
+    (B, H, L), (C, _, T) = u.shape, k.shape
     y = u.new_empty(B, C, H, L)
-    _, radices, starts, tw, _ = _plan(L, u.dtype)
-    with numba_threads():
-        _, K, width = _spectra_of(k, B, L, causal)
-        steps = -(-B * H // width)
-        parts = max(1, min(steps, 2 * torch.get_num_threads() // K.shape[0]))
-        arrays = u.detach().view(B * H, L).numpy(), K, y.view(B * C * H, L).numpy()
-        _convolve(*arrays, H, width, parts, radices, starts, tw)
+    lanes_k = _share_lanes(k.detach(), B)
+    width = lanes_k.shape[1]
+    groups, steps = -(-width // LANES), -(-B * H // width)
+    parts = max(1, min(steps // 2, torch.get_num_threads() // groups))  # each part transforms the kernels anew
+    arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (u.detach().contiguous(), lanes_k, y)]
+    options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
+    _run(lambda task: _convolve_group(*arrays, task // parts, task % parts, parts, *options), groups * parts)
     return y
 
 
 def backward(dy: Tensor, u: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of u and k: dy correlated with the kernels and with the signal."""
     (B, H, L), (C, _, T) = u.shape, k.shape
-    dy, u, k = dy.contiguous(), u.contiguous(), k.contiguous()
-    du = torch.empty_like(u)
-    _, radices, starts, tw, scale = _plan(L, u.dtype)
-    with numba_threads():
-        _, K, width = _spectra_of(k, B, L, causal)
-        dk = u.new_zeros(C, width, T)  # taps that cannot act have gradient zero
-        arrays = dy.detach().view(B * C * H, L).numpy(), u.detach().view(B * H, L).numpy(), K
-        outputs = du.view(B * H, L).numpy(), dk.view(C * width, T).numpy()
-        _correlate(*arrays, *outputs, H, width, *split_taps(L, T, causal), radices, starts, tw, scale)
+    lanes_k = _share_lanes(k.detach(), B)
+    width = lanes_k.shape[1]
+    du, dk = u.new_empty(B, H, L), u.new_zeros(C, width, T)  # taps that cannot act keep the gradient zero
+    inputs = dy.detach().contiguous(), u.detach().contiguous(), lanes_k
+    arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (*inputs, du, dk)]
+    options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
+    _run(lambda group: _correlate_group(*arrays, group, *options), -(-width // LANES))
     return du, dk.view(C, width // H, H, T).sum(1)

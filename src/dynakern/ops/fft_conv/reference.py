@@ -23,6 +23,8 @@ def split_taps(length: int, taps: int, causal: bool) -> tuple[int, int]:
 
 def fft_conv_reference(u: Tensor, k: Tensor, *, causal: bool) -> Tensor:
     """Return ``(B, C, H, L)`` from ``u`` ``(B, H, L)`` and ``k`` ``(C, H, T)``; see :func:`dynakern.ops.fft_conv`."""
+    if u.shape[0] == 0:
+        return u.unsqueeze(1) * k[..., :1]  # FFT libraries refuse empty batches
     length = u.shape[-1]
     past, future = split_taps(length, k.shape[-1], causal)
     n = length + max(past, future)  # from here on nothing that wraps around reaches the first L outputs

@@ -101,128 +101,166 @@ def _log1p_overload(w):
     return _log1p_single if w == types.float32 else lambda w: np.log1p(w)
 
 
-_vector = njit(cache=True, nogil=True, fastmath={"contract"})
-_reduce = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@intrinsic
+def _disjoint(typing_context: Any) -> Any:
+    """Promise that the arrays given to the calling function do not overlap, which lets its loops vectorise.
+
+    Numba makes this promise for its own parallel loops only. It is LLVM's ``noalias``, set on the data pointers, the
+    fifth field of an array argument; without it the loops are slower and compute the same.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for argument in builder.function.args:
+            if argument.name.startswith("arg.") and argument.name.endswith(".4"):
+                argument.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
-@_vector
+_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+_reduction = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+
+@_kernel
 def _load(source, first, lanes, start, steps, tile):
     """Turn ``source[first : first + lanes, start : start + steps]`` into ``tile[:steps, :lanes]``."""
+    _disjoint()
     for j in range(lanes):
         for t in range(steps):
             tile[t, j] = source[first + j, start + t]
 
 
-@_vector
+@_kernel
 def _store(tile, first, lanes, start, steps, target):
     """Turn a tile back into ``target``; the inverse of :func:`_load`."""
+    _disjoint()
     for j in range(lanes):
         for t in range(steps):
             target[first + j, start + t] = tile[t, j]
 
 
-@_vector
+@_kernel
 def _softplus(raw, steps, dt):
     """Write ``softplus(raw)``, the identity above 20."""
+    _disjoint()
     real = raw.dtype.type
     zero, threshold, minus_log2e = real(0), real(20), real(-_LOG2E)
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(raw.shape[1]):
             v = raw[t, j]
             soft = max(v, zero) + _log1p(_exp2(abs(v) * minus_log2e))
             dt[t, j] = v if v > threshold else soft
 
 
-@_vector
+@_kernel
 def _sigmoid(tile, steps, out):
     """Write ``1 / (1 + exp(-tile))``, accurate for either sign."""
+    _disjoint()
     one, minus_log2e = tile.dtype.type(1), tile.dtype.type(-_LOG2E)
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(tile.shape[1]):
             v = tile[t, j]
             e = _exp2(abs(v) * minus_log2e)
             out[t, j] = (one if v >= 0 else e) / (one + e)
 
 
-@_vector
+@_kernel
 def _product(left, right, steps, out):
+    _disjoint()
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(left.shape[1]):
             out[t, j] = left[t, j] * right[t, j]
 
 
-@_vector
+@_kernel
+def _multiply(factor, steps, tile):
+    _disjoint()
+    for t in range(steps):
+        for j in range(tile.shape[1]):
+            tile[t, j] *= factor[t, j]
+
+
+@_kernel
 def _scaled(tile, row, steps, out):
     """Write ``tile * row``, one factor a lane."""
+    _disjoint()
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(tile.shape[1]):
             out[t, j] = tile[t, j] * row[j]
 
 
-@_vector
+@_kernel
 def _add_scaled(tile, row, steps, out):
     """Add ``tile * row``, one factor a lane."""
+    _disjoint()
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(tile.shape[1]):
             out[t, j] += tile[t, j] * row[j]
 
 
-@_vector
+@_kernel
 def _add_outer(column, tile, steps, out):
     """Add ``column[t] * tile[t, j]``, one factor a step."""
+    _disjoint()
     for t in range(steps):
         factor = column[t]
-        for j in range(LANES):
+        for j in range(tile.shape[1]):
             out[t, j] += factor * tile[t, j]
 
 
-@_reduce
+@_reduction
 def _sum_lanes(left, right, steps, out):
     """Add ``sum_j left[t, j] * right[t, j]`` to ``out[t]``."""
+    _disjoint()
     for t in range(steps):
         total = left.dtype.type(0)
-        for j in range(LANES):
+        for j in range(left.shape[1]):
             total += left[t, j] * right[t, j]
         out[t] += total
 
 
-@_vector
+@_kernel
 def _sum_steps(left, right, steps, out):
     """Add ``sum_t left[t, j] * right[t, j]`` to ``out[j]``."""
+    _disjoint()
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(left.shape[1]):
             out[j] += left[t, j] * right[t, j]
 
 
-@_vector
+@_kernel
 def _advance(dt, x, decay, b, c, steps, h, y):
     """Walk one state n of all lanes over a tile: the recurrence, and its share of the output."""
+    _disjoint()
     for t in range(steps):
         b_t, c_t = b[t], c[t]
-        for j in range(LANES):
+        for j in range(dt.shape[1]):
             state = _exp2(dt[t, j] * decay[j]) * h[j] + x[t, j] * b_t
             h[j] = state
             y[t, j] += c_t * state
 
 
-@_vector
+@_kernel
 def _replay(dt, x, decay, b, steps, a, h):
     """Recompute the decays and states of a tile; ``h[0]`` is the state before it, ``h[t + 1]`` that after step t."""
+    _disjoint()
     for t in range(steps):
         b_t = b[t]
-        for j in range(LANES):
+        for j in range(dt.shape[1]):
             a_t = _exp2(dt[t, j] * decay[j])
             a[t, j] = a_t
             h[t + 1, j] = a_t * h[t, j] + x[t, j] * b_t
 
 
-@_vector
+@_kernel
 def _walk_back(dt, g, rate, c, a, h, steps, carry, q, grad_rate, grad_dt):
     """Run the recurrence of the gradient, ``q[t] = c[t] g[t] + a[t + 1] q[t + 1]``, and what hangs on the decays."""
+    _disjoint()
     for back in range(steps):
         t = steps - 1 - back
         c_t = c[t]
-        for j in range(LANES):
+        for j in range(dt.shape[1]):
             q_t = c_t * g[t, j] + carry[j]
             q[t, j] = q_t
             s = q_t * a[t, j]
@@ -264,7 +302,7 @@ class _Gradients(NamedTuple):
     initial: np.ndarray  # (b, D, N)
 
 
-@_vector
+@_kernel
 def _lanes_of(parameter, first, lanes, factor):
     """Return ``factor * parameter[first : first + lanes]``, ``(D, N)``, as ``(N, LANES)``, zero beyond ``lanes``."""
     out = np.zeros((parameter.shape[1], LANES), parameter.dtype)
@@ -274,7 +312,7 @@ def _lanes_of(parameter, first, lanes, factor):
     return out
 
 
-@_vector
+@_kernel
 def _back_from_lanes(tile, first, lanes, parameter):
     """Write ``(N, LANES)`` into ``parameter[first : first + lanes]``, ``(D, N)``."""
     for n in range(parameter.shape[1]):
@@ -282,7 +320,7 @@ def _back_from_lanes(tile, first, lanes, parameter):
             parameter[first + j, n] = tile[n, j]
 
 
-@_vector
+@_kernel
 def _padded(parameter, first, lanes):
     """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, zero beyond ``lanes``."""
     out = np.zeros(LANES, parameter.dtype)
@@ -291,13 +329,13 @@ def _padded(parameter, first, lanes):
     return out
 
 
-@_vector
+@_kernel
 def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x):
     """Fill the tiles of the raw steps with their bias, of the steps, of u and of ``dt * u``."""
     _load(p.delta[i], first, lanes, start, steps, raw)
     _load(p.u[i], first, lanes, start, steps, inputs)
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(raw.shape[1]):
             raw[t, j] += bias[j]
     if softplus:
         _softplus(raw, steps, dt)
@@ -306,7 +344,7 @@ def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, input
     _product(dt, inputs, steps, x)
 
 
-@_vector
+@_kernel
 def _load_row(variable, i, group, n, start, steps, row):
     """Copy one state's coefficients of the tile's steps; a static coefficient belongs to the lane and leaves 1 here."""
     if variable.size:
@@ -315,7 +353,7 @@ def _load_row(variable, i, group, n, start, steps, row):
         row[:] = 1
 
 
-@_vector
+@_kernel
 def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
     """Scan a block of channels of sequence i."""
     dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
@@ -350,13 +388,13 @@ def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
         if p.z.size:
             _load(p.z[i], first, lanes, start, steps, raw)
             _sigmoid(raw, steps, dt)
-            _product(raw, dt, steps, dt)
-            _product(total, dt, steps, total)
+            _multiply(raw, steps, total)
+            _multiply(dt, steps, total)
         _store(total, first, lanes, start, steps, y[i])
     _back_from_lanes(h, first, lanes, last[i])
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _forward(p, softplus, chunk, groups, y, last, states):
     channels = p.u.shape[1] // groups
     blocks = (channels + LANES - 1) // LANES
@@ -366,7 +404,7 @@ def _forward(p, softplus, chunk, groups, y, last, states):
         _forward_block(p, softplus, chunk, i, group * channels + block * LANES, lanes, group, y, last, states)
 
 
-@_vector
+@_kernel
 def _backward_state(p, where, steps, tiles, rate, decay, b_lanes, c_lanes, h, carry, grad_rate, grad_b, grad_c, grad):
     """Take one state n of all lanes back over a tile."""
     i, group, slot, n, start = where
@@ -399,35 +437,36 @@ def _backward_state(p, where, steps, tiles, rate, decay, b_lanes, c_lanes, h, ca
         _add_outer(b, q, steps, grad_x)
 
 
-@_vector
+@_kernel
 def _ungate(p, i, first, lanes, start, steps, z, gate, g):
     """Turn ``g``, the gradient of ``total * silu(z)``, into that of ``total``; leave ``g * silu'(z)`` in ``gate``."""
     one = z.dtype.type(1)
     _load(p.z[i], first, lanes, start, steps, z)
     _sigmoid(z, steps, gate)
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(z.shape[1]):
             s = gate[t, j]
             gate[t, j] = g[t, j] * s * (one + z[t, j] * (one - s))
             g[t, j] *= z[t, j] * s
 
 
-@_vector
+@_kernel
 def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, grad_dt):
     """Turn the gradients of ``dt * u`` and of the decays into those of u and of the raw steps."""
+    _disjoint()
     for t in range(steps):
-        for j in range(LANES):
+        for j in range(raw.shape[1]):
             grad_dt[t, j] += inputs[t, j] * grad_x[t, j]
             grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[j] * g[t, j]
     if softplus:
         _sigmoid(raw, steps, sigmoid)
         threshold, one = raw.dtype.type(20), raw.dtype.type(1)
         for t in range(steps):
-            for j in range(LANES):
+            for j in range(raw.shape[1]):
                 grad_dt[t, j] *= one if raw[t, j] > threshold else sigmoid[t, j]
 
 
-@_vector
+@_kernel
 def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lanes, group, slot, grad):
     """Take a block of channels of sequence i back from its last step to its first."""
     dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
@@ -457,12 +496,12 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
                 grad_c[n], grad,
             )  # fmt: skip
         if p.z.size:
-            _product(total, gate, steps, gate)
+            _multiply(total, steps, gate)
             _store(gate, first, lanes, start, steps, grad.z[i])
         _sum_steps(g, inputs, steps, grad_skip)
         _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt)
         for t in range(steps):
-            for j in range(LANES):
+            for j in range(raw.shape[1]):
                 grad_bias[j] += grad_dt[t, j]
         _store(grad_x, first, lanes, start, steps, grad.u[i])
         _store(grad_dt, first, lanes, start, steps, grad.delta[i])
@@ -476,7 +515,7 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
         _back_from_lanes(grad_c, first, lanes, grad.C_static[i])
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _backward(p, softplus, chunk, groups, slots, states, grad_y, grad_last, grad):
     channels = p.u.shape[1] // groups
     blocks = (channels + LANES - 1) // LANES
