@@ -26,7 +26,8 @@ def test_the_probe_sees_a_heavy_import():
 
 @pytest.mark.parametrize("argv", [["list"], ["--help"], ["compare", "--help"]])
 def test_light_commands_load_nothing_heavy(argv):
-    code = f"from dynakern.cli import main\nimport sys\nsys.argv = ['dynakern', *{argv!r}]\ntry: main()\nexcept SystemExit: pass"
+    code = f"import sys\nsys.argv = ['dynakern', *{argv!r}]\nfrom dynakern.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass"
     assert loaded_after(code) & {"torch", "numba", "sklearn", "matplotlib"} == set()
 
 

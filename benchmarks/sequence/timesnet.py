@@ -132,8 +132,8 @@ def cases() -> Iterator[Case]:
     noise = torch.randn(B, 192, NARROW)
     inputs = {
         "all periods weigh": 0.1 * noise + sum(0.05 * torch.sin(2 * torch.pi * hours / p) for p in (96, 48, 24, 12)),
-        "weak periods underflow": noise
-        + sum(h * torch.sin(2 * torch.pi * hours / p) for h, p in ((1, 24), (0.9, 12), (0.3, 8))),
+        "a weak period underflows": noise
+        + sum(h * torch.sin(2 * torch.pi * hours / p) for p, h in ((24, 1.05), (12, 1.03), (8, 1.01), (6, 1.0))),
     }
     for name, x in inputs.items():
         x.requires_grad_()

@@ -56,8 +56,9 @@ def test_renders_and_sorts_in_a_browser_without_console_errors(report, tmp_path)
         const before = names().join("|");
         document.querySelector("#results th button").click();
         const after = names();
-        const figures = [...document.querySelectorAll("figure svg")].map((svg) => Math.round(svg.getBoundingClientRect().height));
-        document.title = JSON.stringify({ problems, before, after, figures, width: document.documentElement.scrollWidth });
+        const figures = [...document.querySelectorAll("figure svg")].map((svg) => svg.clientHeight);
+        const width = document.documentElement.scrollWidth;
+        document.title = JSON.stringify({ problems, before, after, figures, width });
       });
     </script></head>"""
     probe.write_text(report[1].read_text().replace("</head>", script))

@@ -76,9 +76,9 @@ def test_refusals_name_line_and_column(tmp_path, text, message):
 def test_more_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="No file"):
         read_series_csv(tmp_path / "nothing.csv")
+    path = tmp_path / "binary.csv"
+    path.write_bytes(b"\xff\xfe\x00a,b\n1,2\n")
     with pytest.raises(ValueError, match="not a CSV text file"):
-        path = tmp_path / "binary.csv"
-        path.write_bytes(b"\xff\xfe\x00a,b\n1,2\n")
         read_series_csv(path)
     with pytest.raises(ValueError, match="Did you mean 'OT'"):
         read_series_csv(write(tmp_path, GOOD)).select("OTT")

@@ -96,7 +96,7 @@ def test_zoh_is_the_exact_response_to_a_held_input():
     torch.manual_seed(0)
     kernel = S4DKernel(1, 2, init="lin", dtype=torch.float64, dt_min=0.09, dt_max=0.1)
     with torch.no_grad():
-        dt, a, b, c = kernel.continuous()
+        dt, a, b, c = (part.detach() for part in kernel.continuous())
     u, grid = [1.0, -2.0, 0.5], 20000
     t = (torch.arange(3 * grid, dtype=torch.float64) + 0.5) / grid * dt[0, 0]  # midpoint rule on each step
     held = torch.tensor(u, dtype=torch.float64).repeat_interleave(grid)

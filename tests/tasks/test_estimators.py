@@ -207,7 +207,7 @@ def test_classifier_passes_check_estimator(estimator, check):
 
 
 def test_build_network_refuses():
-    with pytest.raises(TypeError, match="must return a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"must return a torch\.nn\.Module, got int"):
         build_network("detect", lambda **sizes: 3, channels=1, length=2)
     with pytest.raises(TypeError, match="a name or a factory"):
         build_network("detect", 5, channels=1, length=2)

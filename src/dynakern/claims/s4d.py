@@ -63,7 +63,7 @@ def _digit_sequences() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    return images / 16.0, labels
+    return np.asarray(images) / 16.0, np.asarray(labels)
 
 
 def _final_states(kernel: S4DKernel, sequences: np.ndarray) -> np.ndarray:

@@ -168,7 +168,7 @@ def _run_jobs(
             yield _one_job(task, name, seed, budget, device, progress)
         return
     with _backend(jobs, cluster):
-        parallel = joblib.Parallel(n_jobs=-1 if cluster else jobs, return_as="generator_unordered", batch_size=1)
+        parallel: Any = joblib.Parallel(n_jobs=-1 if cluster else jobs, return_as="generator_unordered")
         yield from parallel(joblib.delayed(_one_job)(task, name, seed, budget, device, None) for name, seed in todo)
 
 

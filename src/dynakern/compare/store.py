@@ -120,7 +120,11 @@ class Store:
             metrics: dict[tuple[str, int], dict[str, float]] = {}
             for competitor, seed, name, value in db.execute("SELECT competitor, seed, name, value FROM metrics"):
                 metrics.setdefault((competitor, seed), {})[name] = value
-        return [JobRow(*row[:7], bool(row[7]), metrics.get((row[0], row[1]), {})) for row in rows]
+        names = columns.split(", ")
+        return [
+            JobRow(**dict(zip(names, row[:7], strict=False)), repeatable=bool(row[7]), metrics=metrics.get(row[:2], {}))
+            for row in rows
+        ]
 
     def weights(self, competitor: str, seed: int) -> bytes | None:
         """Return the trained weights of a job (content of a safetensors file), or None."""

@@ -11,9 +11,9 @@ __all__ = ["SeriesClassification", "SeriesForecast"]
 class SeriesForecast(nn.Module):
     r"""Forecast a window by a sequence layer between two linear maps.
 
-    Each window is normalised by its own mean and standard deviation, :math:`\tilde x = (x - \mu) / \sigma`; the variates
-    are embedded, time marks added, the body mixes over time, a linear map takes ``context`` steps to ``horizon`` steps,
-    and the result is mapped back to the variates and to the window's scale.
+    Each window is normalised by its own mean and standard deviation, :math:`\tilde x = (x - \mu) / \sigma`; the
+    variates are embedded, time marks added, the body mixes over time, a linear map takes ``context`` steps to
+    ``horizon`` steps, and the result is mapped back to the variates and to the window's scale.
 
     Args:
         body: Module ``(B, L, d_model) -> (B, L, d_model)``.

@@ -182,10 +182,11 @@ def numba_threads() -> Iterator[None]:
     The lock is there because Numba's default threading layer must not be entered by two threads at once.
     """
     import numba
+    from numba.core import config
 
     with _numba_lock:
         before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))  # pyright: ignore
         try:
             yield
         finally:

@@ -136,9 +136,9 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
 
     def _series(self, X: Any, *, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return padded series ``(N, L, C)``, float64, and their lengths ``(N,)``."""
-        listed = isinstance(X, (list, tuple)) and len(X) > 0
-        ragged = listed and np.ndim(X[0]) >= 1 and len({len(row) for row in X}) > 1
-        if ragged or getattr(X, "ndim", None) == 3 or (listed and np.ndim(X[0]) == 2):
+        axes = np.ndim(X[0]) if isinstance(X, list) and len(X) > 0 else 0  # of the first series of a list
+        ragged = axes >= 1 and len({len(row) for row in X}) > 1
+        if ragged or axes == 2 or getattr(X, "ndim", None) == 3:
             rows = [np.asarray(row, dtype=np.float64) for row in X]
             rows = [row[:, None] if row.ndim == 1 else row for row in rows]
             if any(row.ndim != 2 or len(row) == 0 for row in rows) or len({row.shape[1] for row in rows}) != 1:
@@ -151,7 +151,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
             for index, row in enumerate(rows):
                 x[index, : len(row)] = row
         else:
-            x = validate_data(self, X, dtype=np.float64, reset=reset)[:, :, None]
+            x = np.asarray(validate_data(self, X, dtype=np.float64, reset=reset))[:, :, None]  # pyright: ignore
             lengths = np.full(len(x), x.shape[1])
         if reset:
             self._length, self._channels = x.shape[1], x.shape[2]

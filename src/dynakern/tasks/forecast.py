@@ -405,7 +405,8 @@ class NetworkForecaster:
         batch_size: int = BATCH,
         schedule: Literal["constant", "halving", "cosine"] = "constant",
     ) -> None:
-        self.system, self.lr, self.patience, self.batch_size, self.schedule = system, lr, patience, batch_size, schedule
+        self.system, self.lr, self.patience, self.batch_size = system, lr, patience, batch_size
+        self.schedule: Literal["constant", "halving", "cosine"] = schedule
         self.network: nn.Module = nn.Identity()
         self.history = train.History()
 

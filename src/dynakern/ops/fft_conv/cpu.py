@@ -51,22 +51,6 @@ def _forward4(R, M, q, tw, k):
 
 
 @njit(inline="always", **_OPTIONS)
-def _forward4_real(R, M, q, tw, k):
-    """Do the same where the imaginary parts are zero; M need not be set."""
-    c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
-    for t in range(q):
-        x1r, x1i = R[t + q] * c1r, R[t + q] * c1i
-        x2r, x2i = R[t + 2 * q] * c2r, R[t + 2 * q] * c2i
-        x3r, x3i = R[t + 3 * q] * c3r, R[t + 3 * q] * c3i
-        ar, br = R[t] + x2r, R[t] - x2r
-        cr, ci, dr, di = x1r + x3r, x1i + x3i, x1r - x3r, x1i - x3i
-        R[t], M[t] = ar + cr, x2i + ci
-        R[t + q], M[t + q] = br - di, dr - x2i
-        R[t + 2 * q], M[t + 2 * q] = ar - cr, x2i - ci
-        R[t + 3 * q], M[t + 3 * q] = br + di, -x2i - dr
-
-
-@njit(inline="always", **_OPTIONS)
 def _inverse4(R, M, q, tw, k):
     """Undo :func:`_forward4`, up to the factor 4."""
     c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
@@ -79,20 +63,6 @@ def _inverse4(R, M, q, tw, k):
         R[t + q], M[t + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
         R[t + 2 * q], M[t + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
         R[t + 3 * q], M[t + 3 * q] = x3r * c3r + x3i * c3i, x3i * c3r - x3r * c3i
-
-
-@njit(inline="always", **_OPTIONS)
-def _inverse4_real(R, M, q, tw, k):
-    """Do the same where only the real parts are wanted; M is left as it is."""
-    c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
-    for t in range(q):
-        ar, ai, br, bi = R[t] + R[t + 2 * q], M[t] + M[t + 2 * q], R[t] - R[t + 2 * q], M[t] - M[t + 2 * q]
-        cr, ci = R[t + q] + R[t + 3 * q], M[t + q] + M[t + 3 * q]
-        dr, di = R[t + q] - R[t + 3 * q], M[t + q] - M[t + 3 * q]
-        R[t] = ar + cr
-        R[t + q] = (br + di) * c1r + (bi - dr) * c1i
-        R[t + 2 * q] = (ar - cr) * c2r + (ai - ci) * c2i
-        R[t + 3 * q] = (br - di) * c3r + (bi + dr) * c3i
 
 
 @njit(inline="always", **_OPTIONS)
@@ -165,28 +135,10 @@ def _stage_inverse(R, M, radix, tw, k):
 
 
 @njit(**_OPTIONS)
-def _open(R, M, radices, starts, tw, real):
-    """Do the first stage; ``real`` says that M is zero (and not set)."""
-    if real:
-        _forward4_real(R, M, R.shape[0] // 4, tw, 0)
-    else:
-        _stage_forward(R, M, radices[0], tw, starts[0])
-
-
-@njit(**_OPTIONS)
-def _close(R, M, radices, starts, tw, real):
-    """Undo :func:`_open`; ``real`` says that only R is wanted."""
-    if real:
-        _inverse4_real(R, M, R.shape[0] // 4, tw, 0)
-    else:
-        _stage_inverse(R, M, radices[0], tw, starts[0])
-
-
-@njit(**_OPTIONS)
 def _descend(R, M, radices, starts, tw):
-    """Go from the four quarters to segments that fit the first-level cache."""
-    size, blocks = R.shape[0] // 4, 4
-    for s in range(1, len(radices) - 4):
+    """Go from the whole to segments that fit the first-level cache."""
+    size, blocks = R.shape[0], 1
+    for s in range(len(radices) - 4):
         for k in range(blocks):
             a, b = k * size, (k + 1) * size
             _stage_forward(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
@@ -201,7 +153,7 @@ def _ascend(R, M, radices, starts, tw):
     for s in range(len(radices) - 4):
         size //= radices[s]
     blocks = R.shape[0] // size
-    for s in range(len(radices) - 5, 0, -1):
+    for s in range(len(radices) - 5, -1, -1):
         size *= radices[s]
         blocks //= radices[s]
         for k in range(blocks):
@@ -211,7 +163,7 @@ def _ascend(R, M, radices, starts, tw):
 
 @njit(**_OPTIONS)
 def _segment_forward(R, M, radices, starts, tw, segment):
-    """Do the last four stages (three if there are no more than four) of one segment: here lengths are constants."""
+    """Do the last four stages on one segment (three if there are no more); here lengths are constants."""
     s, size = len(radices) - 3, BASE * LANES
     blocks = R.shape[0] // size
     if blocks > 1:
@@ -249,7 +201,7 @@ def _segment_inverse(R, M, radices, starts, tw, segment):
 
 @njit(**_OPTIONS)
 def _segment_size(radices):
-    return BASE * LANES * (radices[-4] if len(radices) > 4 else 1)
+    return BASE * LANES * (radices[-4] if len(radices) > 3 else 1)
 
 
 @njit(inline="always", **_OPTIONS)
@@ -259,9 +211,9 @@ def _weave(out, a, b, c, d):
 
 
 @njit(**_OPTIONS)
-def _fill(R, value):
+def _zero(R):
     for t in range(R.shape[0]):
-        R[t] = value
+        R[t] = 0
 
 
 @njit(**_OPTIONS)
@@ -272,8 +224,8 @@ def _find_rows(first, count, H, C, c, rows):
 
 
 @njit(**_OPTIONS)
-def _load(x, L, rows, count, R):
-    """Lay L steps of ``count`` rows of x side by side in R, zeros in the other lanes and after the last step."""
+def _load(x, L, rows, count, R, M):
+    """Lay L steps of ``count`` rows of x side by side in R, zeros in the rest of R and in M."""
     if count == LANES:
         s = np.empty((4, 4 * CHUNK), x.dtype)
         for l in range(0, L, CHUNK):
@@ -281,13 +233,14 @@ def _load(x, L, rows, count, R):
             for w in range(4):
                 _weave(s[w], x[rows[w], l:e], x[rows[w + 4], l:e], x[rows[w + 8], l:e], x[rows[w + 12], l:e])
             _weave(R[LANES * l : LANES * e], s[0, : 4 * n], s[1, : 4 * n], s[2, : 4 * n], s[3, : 4 * n])
-        _fill(R[LANES * L :], 0)
+        _zero(R[LANES * L :])
     else:
-        _fill(R, 0)
+        _zero(R)
         for w in range(count):
             row = x[rows[w]]
             for l in range(L):
                 R[LANES * l + w] = row[l]
+    _zero(M)
 
 
 @njit(**_OPTIONS)
@@ -332,13 +285,10 @@ def _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
     count = min(LANES, width - g * LANES)
     for c in range(K.shape[0]):
         first, R, M = c * width + g * LANES, K[c, 0], K[c, 1]
-        _load(k, past, np.arange(first, first + LANES), count, R)
-        if future > 0:
-            _fill(M, 0)
-            for i in range(1, future + 1):
-                for w in range(count):
-                    M[n - i * LANES + w] = -k[first + w, T - i]
-        _open(R, M, radices, starts, tw, future == 0)
+        _load(k, past, np.arange(first, first + LANES), count, R, M)
+        for i in range(1, future + 1):
+            for w in range(count):
+                M[n - i * LANES + w] = -k[first + w, T - i]
         _descend(R, M, radices, starts, tw)
         for segment in range(n // size):
             a, b = segment * size, (segment + 1) * size
@@ -348,77 +298,43 @@ def _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
 
 
 @njit(**_OPTIONS)
-def _convolve_group(u, k, y, g, part, parts, H, width, past, future, radices, starts, tw, scale, n):
-    """Do part ``part`` of ``parts`` of the batch for the features of group g."""
+def _convolve(u, k, y, begin, end, parts, H, width, past, future, radices, starts, tw, scale, n):
+    """Do tasks begin .. end - 1: one of ``parts`` parts of the batch for the features of one group each."""
     rows, L = u.shape
-    C, real = k.shape[0] // width, future >= 0  # signals have no imaginary part
+    C = k.shape[0] // width
     size, steps = _segment_size(radices), (rows + width - 1) // width
     K, z, lanes = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.empty(LANES, np.int64)
     R, M = z[C - 1, 0], z[C - 1, 1]  # the last channel's product takes the place of the signal's spectrum
-    _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
-    for step in range(steps * part // parts, steps * (part + 1) // parts):
-        first = step * width + g * LANES
-        count = min(LANES, width - g * LANES, rows - first)
-        _find_rows(first, count, H, C // C, C - C, lanes)
-        _load(u, L, lanes, count, R)
-        _open(R, M, radices, starts, tw, real)
-        _descend(R, M, radices, starts, tw)
-        for segment in range(n // size):
-            a, b = segment * size, (segment + 1) * size
-            _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
+    for task in range(begin, end):
+        g, part = task // parts, task % parts
+        _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
+        for step in range(steps * part // parts, steps * (part + 1) // parts):
+            first = step * width + g * LANES
+            count = min(LANES, width - g * LANES, rows - first)
+            _find_rows(first, count, H, C // C, C - C, lanes)
+            _load(u, L, lanes, count, R, M)
+            _descend(R, M, radices, starts, tw)
+            for segment in range(n // size):
+                a, b = segment * size, (segment + 1) * size
+                _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
+                for c in range(C):
+                    Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
+                    if c < C - 1:
+                        _copy(R[a:b], Yr)
+                        _copy(M[a:b], Yi)
+                    _multiply(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b])
+                    _segment_inverse(Yr, Yi, radices, starts, tw, segment)
             for c in range(C):
-                Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
-                if c < C - 1:
-                    _copy(R[a:b], Yr)
-                    _copy(M[a:b], Yi)
-                _multiply(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b])
-                _segment_inverse(Yr, Yi, radices, starts, tw, segment)
-        for c in range(C):
-            _ascend(z[c, 0], z[c, 1], radices, starts, tw)
-            _close(z[c, 0], z[c, 1], radices, starts, tw, real)
-            _find_rows(first, count, H, C, c, lanes)
-            _store(z[c, 0], y, L, lanes, count)
+                _ascend(z[c, 0], z[c, 1], radices, starts, tw)
+                _find_rows(first, count, H, C, c, lanes)
+                _store(z[c, 0], y, L, lanes, count)
 
 
 @njit(**_OPTIONS)
-def _correlate_group(dy, u, k, du, dk, g, H, width, past, future, radices, starts, tw, scale, n):
-    """Do the gradients for the features of group g: over the batch in order, so that sums have one result."""
-    rows, L = u.shape
-    T, C, size, real = dk.shape[1], k.shape[0] // width, _segment_size(radices), future >= 0
-    K, z, dK = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.zeros((C, 2, n), u.dtype)
-    lanes, U, dU = np.empty(LANES, np.int64), np.empty((2, n), u.dtype), np.empty((2, size), u.dtype)
-    _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
-    for step in range((rows + width - 1) // width):
-        first = step * width + g * LANES
-        count = min(LANES, width - g * LANES, rows - first)
-        _find_rows(first, count, H, C // C, C - C, lanes)
-        _load(u, L, lanes, count, U[0])
-        _open(U[0], U[1], radices, starts, tw, real)
-        _descend(U[0], U[1], radices, starts, tw)
-        for c in range(C):
-            _find_rows(first, count, H, C, c, lanes)
-            _load(dy, L, lanes, count, z[c, 0])
-            _open(z[c, 0], z[c, 1], radices, starts, tw, real)
-            _descend(z[c, 0], z[c, 1], radices, starts, tw)
-        for segment in range(n // size):
-            a, b = segment * size, (segment + 1) * size
-            _segment_forward(U[0, a:b], U[1, a:b], radices, starts, tw, segment)
-            _fill(dU[0], 0)
-            _fill(dU[1], 0)
-            for c in range(C):
-                Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
-                _segment_forward(Yr, Yi, radices, starts, tw, segment)
-                _add_correlation(Yr, Yi, U[0, a:b], U[1, a:b], dK[c, 0, a:b], dK[c, 1, a:b])
-                _add_correlation(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b], dU[0], dU[1])
-            _segment_inverse(dU[0], dU[1], radices, starts, tw, segment)
-            _copy(dU[0], U[0, a:b])
-            _copy(dU[1], U[1, a:b])
-        _ascend(U[0], U[1], radices, starts, tw)
-        _close(U[0], U[1], radices, starts, tw, real)
-        _find_rows(first, count, H, C // C, C - C, lanes)
-        _store(U[0], du, L, lanes, count)
+def _store_kernel_gradients(dK, dk, g, width, past, future, radices, starts, tw, scale):
+    T, n, size = dk.shape[1], dK.shape[2], _segment_size(radices)
     count = min(LANES, width - g * LANES)
-    for c in range(C):
+    for c in range(dK.shape[0]):
         first, R, M = c * width + g * LANES, dK[c, 0], dK[c, 1]
         for t in range(n):
             R[t], M[t] = scale * R[t], scale * M[t]
@@ -426,23 +342,60 @@ def _correlate_group(dy, u, k, du, dk, g, H, width, past, future, radices, start
             a, b = segment * size, (segment + 1) * size
             _segment_inverse(R[a:b], M[a:b], radices, starts, tw, segment)
         _ascend(R, M, radices, starts, tw)
-        _close(R, M, radices, starts, tw, future == 0)
         _store(R, dk, past, np.arange(first, first + LANES), count)
         for i in range(1, future + 1):
             for w in range(count):
                 dk[first + w, T - i] = -M[n - i * LANES + w]
 
 
+@njit(**_OPTIONS)
+def _correlate(dy, u, k, du, dk, begin, end, H, width, past, future, radices, starts, tw, scale, n):
+    """Do the gradients for groups begin .. end - 1: over the batch in order, so that sums have one result."""
+    rows, L = u.shape
+    C, size = k.shape[0] // width, _segment_size(radices)
+    K, z, dK = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype)
+    U, dU, lanes = np.empty((2, n), u.dtype), np.empty((2, size), u.dtype), np.empty(LANES, np.int64)
+    for g in range(begin, end):
+        _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
+        _zero(dK.reshape(-1))
+        for step in range((rows + width - 1) // width):
+            first = step * width + g * LANES
+            count = min(LANES, width - g * LANES, rows - first)
+            _find_rows(first, count, H, C // C, C - C, lanes)
+            _load(u, L, lanes, count, U[0], U[1])
+            _descend(U[0], U[1], radices, starts, tw)
+            for c in range(C):
+                _find_rows(first, count, H, C, c, lanes)
+                _load(dy, L, lanes, count, z[c, 0], z[c, 1])
+                _descend(z[c, 0], z[c, 1], radices, starts, tw)
+            for segment in range(n // size):
+                a, b = segment * size, (segment + 1) * size
+                _segment_forward(U[0, a:b], U[1, a:b], radices, starts, tw, segment)
+                _zero(dU.reshape(-1))
+                for c in range(C):
+                    Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
+                    _segment_forward(Yr, Yi, radices, starts, tw, segment)
+                    _add_correlation(Yr, Yi, U[0, a:b], U[1, a:b], dK[c, 0, a:b], dK[c, 1, a:b])
+                    _add_correlation(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b], dU[0], dU[1])
+                _segment_inverse(dU[0], dU[1], radices, starts, tw, segment)
+                _copy(dU[0], U[0, a:b])
+                _copy(dU[1], U[1, a:b])
+            _ascend(U[0], U[1], radices, starts, tw)
+            _find_rows(first, count, H, C // C, C - C, lanes)
+            _store(U[0], du, L, lanes, count)
+        _store_kernel_gradients(dK, dk, g, width, past, future, radices, starts, tw, scale)
+
+
 @lru_cache(maxsize=32)
 def _plan(length: int, dtype: torch.dtype) -> tuple:
     """Return the radix and the first twiddle of each stage, the twiddles, 1 / N and N * LANES for N >= length."""
-    sizes = (4 * BASE * 2**a * 3**b for a in range(26) for b in range(17))
-    points = min(size for size in sizes if size >= length)
-    rest, threes = points // (4 * BASE), 0
-    while rest % 3 == 0:
-        rest, threes = rest // 3, threes + 1
-    twos = rest.bit_length() - 1
-    radices = [4] + [3] * threes + [2] * (twos % 2) + [4] * (twos // 2) + [4, 4, 4]
+    points, threes, twos = min(
+        (BASE * 3**threes * 2**twos, threes, twos)
+        for threes in range(17)
+        for twos in range(27)
+        if BASE * 3**threes * 2**twos >= length
+    )
+    radices = [3] * threes + [2] * (twos % 2) + [4] * (twos // 2) + [4, 4, 4]
     angles, stages = np.array([np.pi / 2]), []
     for radix in radices:
         stages.append(angles / radix)
@@ -460,18 +413,18 @@ def _share_lanes(k: Tensor, batch: int) -> Tensor:
     return k.repeat(1, max(1, min(LANES // H, batch)), 1) if H < LANES else k.contiguous()
 
 
-def _run(task: Callable[[int], None], count: int) -> None:
-    """Do tasks 0 .. count - 1 on PyTorch's number of threads; the kernels release the interpreter's lock.
+def _run(tasks: Callable[[int, int], None], count: int) -> None:
+    """Do tasks 0 .. count - 1 in ranges on PyTorch's number of threads; the kernels release the interpreter's lock.
 
-    Threads outside of Numba's own layer: a ``parallel=True`` kernel takes three times as long to compile.
+    These are threads outside of Numba's own layer, since a ``parallel=True`` kernel takes three times as long to compile.
     """
     threads = min(torch.get_num_threads(), count)
     if threads == 1:
-        for i in range(count):
-            task(i)
+        tasks(0, count)
     else:
+        bounds = [count * i // threads for i in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(task, range(count)):
+            for _ in pool.map(tasks, bounds[:-1], bounds[1:]):
                 pass
 
 
@@ -485,7 +438,7 @@ def forward(u: Tensor, k: Tensor, causal: bool) -> Tensor:
     parts = max(1, min(steps // 2, torch.get_num_threads() // groups))  # each part transforms the kernels anew
     arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (u.detach().contiguous(), lanes_k, y)]
     options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
-    _run(lambda task: _convolve_group(*arrays, task // parts, task % parts, parts, *options), groups * parts)
+    _run(lambda begin, end: _convolve(*arrays, begin, end, parts, *options), groups * parts)
     return y
 
 
@@ -498,5 +451,5 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Te
     inputs = dy.detach().contiguous(), u.detach().contiguous(), lanes_k
     arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (*inputs, du, dk)]
     options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
-    _run(lambda group: _correlate_group(*arrays, group, *options), -(-width // LANES))
+    _run(lambda begin, end: _correlate(*arrays, begin, end, *options), -(-width // LANES))
     return du, dk.view(C, width // H, H, T).sum(1)

@@ -126,8 +126,9 @@ _reduction = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contra
 def _load(source, first, lanes, start, steps, tile):
     """Turn ``source[first : first + lanes, start : start + steps]`` into ``tile[:steps, :lanes]``."""
     _disjoint()
-    for j in range(lanes):
-        for t in range(steps):
+    first, start = np.uint64(first), np.uint64(start)  # an unsigned index needs no test for a negative one
+    for j in range(np.uint64(lanes)):
+        for t in range(np.uint64(steps)):
             tile[t, j] = source[first + j, start + t]
 
 
@@ -135,8 +136,9 @@ def _load(source, first, lanes, start, steps, tile):
 def _store(tile, first, lanes, start, steps, target):
     """Turn a tile back into ``target``; the inverse of :func:`_load`."""
     _disjoint()
-    for j in range(lanes):
-        for t in range(steps):
+    first, start = np.uint64(first), np.uint64(start)
+    for j in range(np.uint64(lanes)):
+        for t in range(np.uint64(steps)):
             target[first + j, start + t] = tile[t, j]
 
 
@@ -182,92 +184,94 @@ def _multiply(factor, steps, tile):
 
 
 @_kernel
-def _scaled(tile, row, steps, out):
-    """Write ``tile * row``, one factor a lane."""
+def _scaled(tile, n, lanes, steps, out):
+    """Write ``tile * lanes[n]``, one factor a lane."""
     _disjoint()
     for t in range(steps):
         for j in range(tile.shape[1]):
-            out[t, j] = tile[t, j] * row[j]
+            out[t, j] = tile[t, j] * lanes[n, j]
 
 
 @_kernel
-def _add_scaled(tile, row, steps, out):
-    """Add ``tile * row``, one factor a lane."""
+def _add_scaled(tile, n, lanes, steps, out):
+    """Add ``tile * lanes[n]``, one factor a lane."""
     _disjoint()
     for t in range(steps):
         for j in range(tile.shape[1]):
-            out[t, j] += tile[t, j] * row[j]
+            out[t, j] += tile[t, j] * lanes[n, j]
 
 
 @_kernel
-def _add_outer(column, tile, steps, out):
-    """Add ``column[t] * tile[t, j]``, one factor a step."""
+def _add_outer(tile, n, rows, steps, out):
+    """Add ``tile * rows[n]``, one factor a step."""
     _disjoint()
     for t in range(steps):
-        factor = column[t]
+        factor = rows[n, t]
         for j in range(tile.shape[1]):
             out[t, j] += factor * tile[t, j]
 
 
 @_reduction
-def _sum_lanes(left, right, steps, out):
-    """Add ``sum_j left[t, j] * right[t, j]`` to ``out[t]``."""
+def _sum_lanes(left, right, shift, n, steps, rows):
+    """Write ``sum_j left[t, j] * right[t + shift, j]`` into ``rows[n]``."""
     _disjoint()
     for t in range(steps):
         total = left.dtype.type(0)
         for j in range(left.shape[1]):
-            total += left[t, j] * right[t, j]
-        out[t] += total
+            total += left[t, j] * right[t + shift, j]
+        rows[n, t] = total
 
 
 @_kernel
-def _sum_steps(left, right, steps, out):
-    """Add ``sum_t left[t, j] * right[t, j]`` to ``out[j]``."""
+def _sum_steps(left, right, shift, n, steps, lanes):
+    """Add ``sum_t left[t, j] * right[t + shift, j]`` to ``lanes[n]``."""
     _disjoint()
     for t in range(steps):
         for j in range(left.shape[1]):
-            out[j] += left[t, j] * right[t, j]
+            lanes[n, j] += left[t, j] * right[t + shift, j]
 
 
 @_kernel
-def _advance(dt, x, decay, b, c, steps, h, y):
-    """Walk one state n of all lanes over a tile: the recurrence, and its share of the output."""
+def _advance(n, dt, x, decay, b, c, steps, h, y):
+    """Walk state n of all lanes over a tile: the recurrence, and its share of the output."""
     _disjoint()
     for t in range(steps):
-        b_t, c_t = b[t], c[t]
+        b_t, c_t = b[n, t], c[n, t]
         for j in range(dt.shape[1]):
-            state = _exp2(dt[t, j] * decay[j]) * h[j] + x[t, j] * b_t
-            h[j] = state
+            state = _exp2(dt[t, j] * decay[n, j]) * h[n, j] + x[t, j] * b_t
+            h[n, j] = state
             y[t, j] += c_t * state
 
 
 @_kernel
-def _replay(dt, x, decay, b, steps, a, h):
+def _replay(n, dt, x, decay, b, entry, steps, a, h):
     """Recompute the decays and states of a tile; ``h[0]`` is the state before it, ``h[t + 1]`` that after step t."""
     _disjoint()
+    for j in range(dt.shape[1]):
+        h[0, j] = entry[n, j]
     for t in range(steps):
-        b_t = b[t]
+        b_t = b[n, t]
         for j in range(dt.shape[1]):
-            a_t = _exp2(dt[t, j] * decay[j])
+            a_t = _exp2(dt[t, j] * decay[n, j])
             a[t, j] = a_t
             h[t + 1, j] = a_t * h[t, j] + x[t, j] * b_t
 
 
 @_kernel
-def _walk_back(dt, g, rate, c, a, h, steps, carry, q, grad_rate, grad_dt):
-    """Run the recurrence of the gradient, ``q[t] = c[t] g[t] + a[t + 1] q[t + 1]``, and what hangs on the decays."""
+def _walk_back(n, dt, g, rate, c, h, steps, a, carry, grad_rate, grad_dt):
+    """Run the recurrence of the gradient, ``q[t] = c[t] g[t] + a[t + 1] q[t + 1]``; leave q in the place of a."""
     _disjoint()
     for back in range(steps):
         t = steps - 1 - back
-        c_t = c[t]
+        c_t = c[n, t]
         for j in range(dt.shape[1]):
-            q_t = c_t * g[t, j] + carry[j]
-            q[t, j] = q_t
-            s = q_t * a[t, j]
-            carry[j] = s
+            q = c_t * g[t, j] + carry[n, j]
+            s = q * a[t, j]
+            a[t, j] = q
+            carry[n, j] = s
             s *= h[t, j]
-            grad_rate[j] += dt[t, j] * s
-            grad_dt[t, j] += rate[j] * s
+            grad_rate[n, j] += dt[t, j] * s
+            grad_dt[t, j] += rate[n, j] * s
 
 
 class _Arrays(NamedTuple):
@@ -321,12 +325,21 @@ def _back_from_lanes(tile, first, lanes, parameter):
 
 
 @_kernel
-def _padded(parameter, first, lanes):
-    """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, zero beyond ``lanes``."""
-    out = np.zeros(LANES, parameter.dtype)
+def _row_of(parameter, first, lanes):
+    """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, as ``(1, LANES)``, zero beyond ``lanes``."""
+    out = np.zeros((1, LANES), parameter.dtype)
     if parameter.size:
-        out[:lanes] = parameter[first : first + lanes]
+        out[0, :lanes] = parameter[first : first + lanes]
     return out
+
+
+@_kernel
+def _load_rows(variable, i, group, start, steps, rows):
+    """Copy the tile's coefficients of all states; static ones belong to the lanes and leave the ones that are here."""
+    if variable.size:
+        for n in range(variable.shape[2]):
+            for t in range(steps):
+                rows[n, t] = variable[i, group, n, start + t]
 
 
 @_kernel
@@ -336,7 +349,7 @@ def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, input
     _load(p.u[i], first, lanes, start, steps, inputs)
     for t in range(steps):
         for j in range(raw.shape[1]):
-            raw[t, j] += bias[j]
+            raw[t, j] += bias[0, j]
     if softplus:
         _softplus(raw, steps, dt)
     else:
@@ -345,12 +358,19 @@ def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, input
 
 
 @_kernel
-def _load_row(variable, i, group, n, start, steps, row):
-    """Copy one state's coefficients of the tile's steps; a static coefficient belongs to the lane and leaves 1 here."""
-    if variable.size:
-        row[:steps] = variable[i, group, n, start : start + steps]
-    else:
-        row[:] = 1
+def _forward_tile(dt, x, decay, b, c, b_lanes, c_lanes, steps, xb, share, h, total):
+    """Add the output of all states over a tile to ``total``."""
+    for n in range(h.shape[0]):
+        source = x
+        if b_lanes.size:
+            _scaled(x, n, b_lanes, steps, xb)
+            source = xb
+        if c_lanes.size:
+            share[:] = 0
+            _advance(n, dt, source, decay, b, c, steps, h, share)
+            _add_scaled(share, n, c_lanes, steps, total)
+        else:
+            _advance(n, dt, source, decay, b, c, steps, h, total)
 
 
 @_kernel
@@ -358,33 +378,19 @@ def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
     """Scan a block of channels of sequence i."""
     dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
     decay, b_lanes = _lanes_of(p.A, first, lanes, _LOG2E), _lanes_of(p.B_static, first, lanes, 1.0)
-    c_lanes, skip, bias = (
-        _lanes_of(p.C_static, first, lanes, 1.0),
-        _padded(p.D, first, lanes),
-        _padded(p.bias, first, lanes),
-    )
+    c_lanes, skip, bias = _lanes_of(p.C_static, first, lanes, 1.0), _row_of(p.D, first, lanes), _row_of(p.bias, first, lanes)
     h = _lanes_of(p.initial[i], first, lanes, 1.0) if p.initial.size else np.zeros((N, LANES), dtype)
-    tiles, b, c = np.zeros((7, chunk, LANES), dtype), np.empty(chunk, dtype), np.empty(chunk, dtype)
+    tiles, b, c = np.zeros((7, chunk, LANES), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
     raw, dt, inputs, x, total, xb, share = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
     for start in range(0, length, chunk):
         steps = min(chunk, length - start)
         if states.size:
             states[i, start // chunk, :, first : first + lanes] = h[:, :lanes]
         _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
-        _scaled(inputs, skip, steps, total)
-        for n in range(N):
-            _load_row(p.B, i, group, n, start, steps, b)
-            _load_row(p.C, i, group, n, start, steps, c)
-            source = x
-            if p.B_static.size:
-                _scaled(x, b_lanes[n], steps, xb)
-                source = xb
-            if p.C_static.size:
-                share[:] = 0
-                _advance(dt, source, decay[n], b, c, steps, h[n], share)
-                _add_scaled(share, c_lanes[n], steps, total)
-            else:
-                _advance(dt, source, decay[n], b, c, steps, h[n], total)
+        _load_rows(p.B, i, group, start, steps, b)
+        _load_rows(p.C, i, group, start, steps, c)
+        _scaled(inputs, 0, skip, steps, total)
+        _forward_tile(dt, x, decay, b, c, b_lanes, c_lanes, steps, xb, share, h, total)
         if p.z.size:
             _load(p.z[i], first, lanes, start, steps, raw)
             _sigmoid(raw, steps, dt)
@@ -405,39 +411,6 @@ def _forward(p, softplus, chunk, groups, y, last, states):
 
 
 @_kernel
-def _backward_state(p, where, steps, tiles, rate, decay, b_lanes, c_lanes, h, carry, grad_rate, grad_b, grad_c, grad):
-    """Take one state n of all lanes back over a tile."""
-    i, group, slot, n, start = where
-    dt, x, g, total, a, q, grad_x, grad_dt, spare = tiles
-    b, c = np.empty(steps, dt.dtype), np.empty(steps, dt.dtype)
-    _load_row(p.B, i, group, n, start, steps, b)
-    _load_row(p.C, i, group, n, start, steps, c)
-    if p.B_static.size:
-        _scaled(x, b_lanes[n], steps, spare)
-        _replay(dt, spare, decay, b, steps, a, h)
-    else:
-        _replay(dt, x, decay, b, steps, a, h)
-    after = h[1:]
-    if p.C_static.size:
-        if p.z.size:
-            _add_scaled(after, c_lanes[n], steps, total)
-        _sum_steps(g, after, steps, grad_c)
-        _scaled(g, c_lanes[n], steps, spare)
-        _walk_back(dt, spare, rate, c, a, h, steps, carry, q, grad_rate, grad_dt)
-    else:
-        if p.z.size:
-            _add_outer(c, after, steps, total)
-        _sum_lanes(g, after, steps, grad.C[i, group, slot, n, start : start + steps])
-        _walk_back(dt, g, rate, c, a, h, steps, carry, q, grad_rate, grad_dt)
-    if p.B_static.size:
-        _sum_steps(q, x, steps, grad_b)
-        _add_scaled(q, b_lanes[n], steps, grad_x)
-    else:
-        _sum_lanes(q, x, steps, grad.B[i, group, slot, n, start : start + steps])
-        _add_outer(b, q, steps, grad_x)
-
-
-@_kernel
 def _ungate(p, i, first, lanes, start, steps, z, gate, g):
     """Turn ``g``, the gradient of ``total * silu(z)``, into that of ``total``; leave ``g * silu'(z)`` in ``gate``."""
     one = z.dtype.type(1)
@@ -451,19 +424,58 @@ def _ungate(p, i, first, lanes, start, steps, z, gate, g):
 
 
 @_kernel
-def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, grad_dt):
+def _backward_tile(dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, steps, a, h, spare, carry, total, sums):
+    """Take all states back over a tile; ``sums`` are the gradients it adds to."""
+    grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c = sums
+    for n in range(carry.shape[0]):
+        if b_lanes.size:
+            _scaled(x, n, b_lanes, steps, spare)
+            _replay(n, dt, spare, decay, b, entry, steps, a, h)
+        else:
+            _replay(n, dt, x, decay, b, entry, steps, a, h)
+        if c_lanes.size:
+            if gated:
+                _add_scaled(h[1:], n, c_lanes, steps, total)
+            _sum_steps(g, h, 1, n, steps, grad_c_lanes)
+            _scaled(g, n, c_lanes, steps, spare)
+            _walk_back(n, dt, spare, rate, c, h, steps, a, carry, grad_rate, grad_dt)
+        else:
+            if gated:
+                _add_outer(h[1:], n, c, steps, total)
+            _sum_lanes(g, h, 1, n, steps, grad_c)
+            _walk_back(n, dt, g, rate, c, h, steps, a, carry, grad_rate, grad_dt)
+        if b_lanes.size:
+            _sum_steps(a, x, 0, n, steps, grad_b_lanes)
+            _add_scaled(a, n, b_lanes, steps, grad_x)
+        else:
+            _sum_lanes(a, x, 0, n, steps, grad_b)
+            _add_outer(a, n, b, steps, grad_x)
+
+
+@_kernel
+def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, grad_dt, grad_bias):
     """Turn the gradients of ``dt * u`` and of the decays into those of u and of the raw steps."""
     _disjoint()
+    threshold, one = raw.dtype.type(20), raw.dtype.type(1)
     for t in range(steps):
         for j in range(raw.shape[1]):
             grad_dt[t, j] += inputs[t, j] * grad_x[t, j]
-            grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[j] * g[t, j]
+            grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[0, j] * g[t, j]
     if softplus:
         _sigmoid(raw, steps, sigmoid)
-        threshold, one = raw.dtype.type(20), raw.dtype.type(1)
         for t in range(steps):
             for j in range(raw.shape[1]):
                 grad_dt[t, j] *= one if raw[t, j] > threshold else sigmoid[t, j]
+    for t in range(steps):
+        for j in range(raw.shape[1]):
+            grad_bias[0, j] += grad_dt[t, j]
+
+
+@_kernel
+def _add_rows(rows, steps, start, target):
+    for n in range(rows.shape[0]):
+        for t in range(steps):
+            target[n, start + t] += rows[n, t]
 
 
 @_kernel
@@ -472,47 +484,51 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
     dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
     rate, decay = _lanes_of(p.A, first, lanes, 1.0), _lanes_of(p.A, first, lanes, _LOG2E)
     b_lanes, c_lanes = _lanes_of(p.B_static, first, lanes, 1.0), _lanes_of(p.C_static, first, lanes, 1.0)
-    skip, bias = _padded(p.D, first, lanes), _padded(p.bias, first, lanes)
+    skip, bias = _row_of(p.D, first, lanes), _row_of(p.bias, first, lanes)
     carry = _lanes_of(grad_last[i], first, lanes, 1.0)
-    grad_rate, grad_b, grad_c = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
-    grad_skip, grad_bias = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
-    tiles, h = np.zeros((13, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype)
-    raw, inputs, z, gate, dt, x, g = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
-    total, a, q, grad_x, grad_dt, spare = tiles[7], tiles[8], tiles[9], tiles[10], tiles[11], tiles[12]
+    entry, grad_rate = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
+    grad_b_lanes, grad_c_lanes = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
+    grad_skip, grad_bias = np.zeros((1, LANES), dtype), np.zeros((1, LANES), dtype)
+    b, c, grad_b, grad_c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
+    tiles, h = np.zeros((12, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype)
+    raw, inputs, z, gate, total, dt = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
+    x, g, a, grad_x, grad_dt, spare = tiles[6], tiles[7], tiles[8], tiles[9], tiles[10], tiles[11]
     for start in range((length - 1) // chunk * chunk, -1, -chunk):
         steps = min(chunk, length - start)
         _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
+        _load_rows(p.B, i, group, start, steps, b)
+        _load_rows(p.C, i, group, start, steps, c)
         _load(grad_y[i], first, lanes, start, steps, g)
         if p.z.size:
             _ungate(p, i, first, lanes, start, steps, z, gate, g)
-            _scaled(inputs, skip, steps, total)
+            _scaled(inputs, 0, skip, steps, total)
         grad_x[:] = 0
         grad_dt[:] = 0
-        for n in range(N):
-            h[0, :lanes] = states[i, start // chunk, n, first : first + lanes]
-            where, work = (i, group, slot, n, start), (dt, x, g, total, a, q, grad_x, grad_dt, spare)
-            _backward_state(
-                p, where, steps, work, rate[n], decay[n], b_lanes, c_lanes, h, carry[n], grad_rate[n], grad_b[n],
-                grad_c[n], grad,
-            )  # fmt: skip
-        if p.z.size:
+        entry[:, :lanes] = states[i, start // chunk, :, first : first + lanes]
+        sums = grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c
+        gated = p.z.size > 0
+        _backward_tile(
+            dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, steps, a, h, spare, carry, total, sums
+        )  # fmt: skip
+        if p.B.size:
+            _add_rows(grad_b, steps, start, grad.B[i, group, slot])
+        if p.C.size:
+            _add_rows(grad_c, steps, start, grad.C[i, group, slot])
+        if gated:
             _multiply(total, steps, gate)
             _store(gate, first, lanes, start, steps, grad.z[i])
-        _sum_steps(g, inputs, steps, grad_skip)
-        _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt)
-        for t in range(steps):
-            for j in range(raw.shape[1]):
-                grad_bias[j] += grad_dt[t, j]
+        _sum_steps(g, inputs, 0, 0, steps, grad_skip)
+        _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt, grad_bias)
         _store(grad_x, first, lanes, start, steps, grad.u[i])
         _store(grad_dt, first, lanes, start, steps, grad.delta[i])
-    grad.D[i, first : first + lanes] = grad_skip[:lanes]
-    grad.bias[i, first : first + lanes] = grad_bias[:lanes]
+    grad.D[i, first : first + lanes] = grad_skip[0, :lanes]
+    grad.bias[i, first : first + lanes] = grad_bias[0, :lanes]
     _back_from_lanes(grad_rate, first, lanes, grad.A[i])
     _back_from_lanes(carry, first, lanes, grad.initial[i])
     if p.B_static.size:
-        _back_from_lanes(grad_b, first, lanes, grad.B_static[i])
+        _back_from_lanes(grad_b_lanes, first, lanes, grad.B_static[i])
     if p.C_static.size:
-        _back_from_lanes(grad_c, first, lanes, grad.C_static[i])
+        _back_from_lanes(grad_c_lanes, first, lanes, grad.C_static[i])
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")

@@ -31,10 +31,11 @@ def scan_reference(
         dt = F.softplus(dt)  # beta 1, the identity above 20
     h = u.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
     ys = []
-    for step in range(length):
-        dt_l = dt[:, :, step, None]  # (b, D, 1)
-        h = torch.exp(dt_l * A) * h + dt_l * _at(B, step, channels) * u[:, :, step, None]  # (b, D, N)
-        ys.append((h * _at(C, step, channels)).sum(-1))
+    for u_l, dt_l, B_l, C_l in zip(
+        u.unbind(-1), dt.unbind(-1), _steps(B, length, channels), _steps(C, length, channels), strict=True
+    ):
+        h = torch.exp(dt_l[..., None] * A) * h + (dt_l * u_l)[..., None] * B_l  # (b, D, N)
+        ys.append((h * C_l).sum(-1))
     y = torch.stack(ys, dim=-1)  # (b, D, L)
     if D is not None:
         y = y + D[:, None] * u
@@ -43,8 +44,8 @@ def scan_reference(
     return y, h
 
 
-def _at(x: Tensor, step: int, channels: int) -> Tensor:
-    """Return the coefficients of one step for every channel: ``(D, N)`` if static, else ``(b, D, N)``."""
+def _steps(x: Tensor, length: int, channels: int) -> list[Tensor]:
+    """Return the coefficients of each step for every channel: ``(D, N)`` if static, else ``(b, D, N)``."""
     if x.ndim == 2:
-        return x
-    return x[..., step].repeat_interleave(channels // x.shape[1], dim=1)
+        return [x] * length
+    return [x_l.repeat_interleave(channels // x.shape[1], dim=1) for x_l in x.unbind(-1)]

@@ -140,8 +140,9 @@ def ssm_init(
         imag = -torch.exp(torch.randn(half, generator=generator, dtype=torch.float64))
     else:
         values, vb, _ = hippo_diagonal("legs", state_size)
-        real, imag = torch.from_numpy(values.real.copy()), torch.from_numpy(values.imag.copy())
-        b = torch.complex(torch.from_numpy(vb.real.copy()), torch.from_numpy(vb.imag.copy()).clamp(-2.0, 2.0))
+        a = torch.from_numpy(values.copy())
+        real, imag, b = a.real, a.imag, torch.from_numpy(vb.copy())
+        b = torch.complex(b.real, b.imag.clamp(-2.0, 2.0))
     if real_random:
         real = -torch.rand(half, generator=generator, dtype=torch.float64)
     if imag_random:

@@ -321,8 +321,8 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
             value = -value  # Im A = -A_imag with us
         name = {"log_dt": "inv_dt", "log_A_real": "A_real", "inv_A_real": "A_real"}.get(name, name)
         target = outer + name
-        if target in own and own[target].shape != value.shape and own[target].numel() == value.numel():
-            value = value.reshape(own[target].shape)
+        if target in own and own[target].squeeze().shape == value.squeeze().shape:
+            value = value.reshape(own[target].shape)  # axes of size 1 only
         renamed[target] = value
         if name == "A_real" and minimal and f"{outer}B" in own:
             ones = torch.zeros_like(own[f"{outer}B"])
