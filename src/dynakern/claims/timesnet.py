@@ -25,7 +25,7 @@ from dynakern.train import Budget, fit
 
 __all__ = ["CLAIMS", "adaptive_folding", "etth1_forecast", "etth1_imputation"]
 
-Batch = tuple[Tensor, ...]
+Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # input, target, time marks, mask
 
 
 class _Stream(Dataset[Batch]):
@@ -119,8 +119,10 @@ def _etth1() -> ForecastTask:
     return ForecastTask(read_series_csv(sample("ETTh1.csv")), context=96, horizon=96, protocol="ett")
 
 
-def _tensors(*arrays: np.ndarray) -> Batch:
-    return tuple(torch.from_numpy(array) for array in arrays)
+def _windows(task: ForecastTask, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    x, marks = task.inputs(starts)
+    assert marks is not None  # ETTh1 has timestamps
+    return torch.from_numpy(x), torch.from_numpy(marks)
 
 
 def etth1_forecast(progress: Progress) -> Iterator[Measurement]:
@@ -133,8 +135,8 @@ def etth1_forecast(progress: Progress) -> Iterator[Measurement]:
     windows = task.starts("train")
 
     def batch(starts: np.ndarray) -> Batch:
-        x, marks = task.inputs(starts)
-        return *_tensors(x, task.targets(starts), marks), None
+        x, marks = _windows(task, starts)
+        return x, torch.from_numpy(task.targets(starts)), marks, None
 
     def draw(size: int, generator: np.random.Generator) -> Batch:
         return batch(generator.choice(windows, size, replace=False))
@@ -175,10 +177,9 @@ def etth1_imputation(progress: Progress) -> Iterator[Measurement]:
 
     def draw(size: int, generator: np.random.Generator, starts: np.ndarray | None = None) -> Batch:
         starts = generator.choice(windows, size, replace=False) if starts is None else starts
-        x, marks = task.inputs(starts)
-        mask = (generator.random(x.shape) >= 0.25).astype(np.float32)
-        x, marks, mask = _tensors(x, marks[:, :96], mask)
-        return x * mask, x, marks, mask
+        x, marks = _windows(task, starts)
+        mask = torch.from_numpy(generator.random(x.shape) >= 0.25).float()
+        return x * mask, x, marks[:, :96], mask
 
     torch.manual_seed(0)
     model = TimesNet("impute", d_model=16, d_ff=16, num_kernels=4, top_k=3)
@@ -186,7 +187,7 @@ def etth1_imputation(progress: Progress) -> Iterator[Measurement]:
     generator = np.random.default_rng(1000)
     test = np.arange(task.rows["test"][0], task.rows["test"][1] - 96 + 1)[::16]
     batches = [draw(len(part), generator, part) for part in np.split(test, range(16, len(test), 16))]
-    error = [(_interpolate(x, mask) - target)[mask == 0] for x, target, _, mask in batches]
+    error = [(_interpolate(x, mask) - target)[mask == 0] for x, target, _, mask in batches if mask is not None]
     yield Measurement(
         name="25 % missing, baseline linear interpolation",
         value=_evaluate(model, batches),
@@ -202,9 +203,9 @@ def _interpolate(x: Tensor, mask: Tensor) -> Tensor:
     filled = x.clone()
     for b in range(x.shape[0]):
         for c in range(x.shape[2]):
-            known = mask[b, :, c].numpy() > 0
+            known = mask[b, :, c] > 0
             if known.any():
-                filled[b, :, c] = torch.from_numpy(np.interp(steps, steps[known], x[b, known, c].numpy()))
+                filled[b, :, c] = torch.from_numpy(np.interp(steps, steps[known.numpy()], x[b, known, c].numpy()))
     return filled
 
 

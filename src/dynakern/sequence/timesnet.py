@@ -137,21 +137,20 @@ class InceptionConv2d(nn.Module):
         super().__init__()
         check_positive("num_kernels", num_kernels, integer=True)
         self.merged = merged
-        self.kernels = nn.ModuleList(
-            nn.Conv2d(in_channels, out_channels, 2 * j + 1, padding=j, device=device, dtype=dtype)
-            for j in range(num_kernels)
-        )
-        for kernel in self.kernels:
+        self.kernels = nn.ModuleList()
+        for j in range(num_kernels):
+            kernel = nn.Conv2d(in_channels, out_channels, 2 * j + 1, padding=j, device=device, dtype=dtype)
             nn.init.kaiming_normal_(kernel.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(kernel.bias)
+            nn.init.zeros_(kernel.bias)  # pyright: ignore[reportArgumentType]
+            self.kernels.append(kernel)
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """Return the merged kernel ``(out, in, 2K-1, 2K-1)`` and bias ``(out,)``, differentiable in the K kernels."""
-        weight = self.kernels[0].weight
-        for kernel in self.kernels[1:]:
-            weight = kernel.weight + F.pad(weight, (1, 1, 1, 1))
-        bias = torch.stack([kernel.bias for kernel in self.kernels]).mean(0)
-        return weight / len(self.kernels), bias
+        weight, *larger = (self.get_parameter(f"kernels.{j}.weight") for j in range(len(self.kernels)))
+        for kernel in larger:
+            weight = kernel + F.pad(weight, (1, 1, 1, 1))
+        biases = [self.get_parameter(f"kernels.{j}.bias") for j in range(len(self.kernels))]
+        return weight / len(self.kernels), torch.stack(biases).mean(0)
 
     def forward(self, x: Tensor, kernel: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Convolve pictures.
@@ -229,7 +228,7 @@ class TimesBlock(nn.Module):
         """
         length = check_shape("x", x, "B L D")["L"]
         x = x.contiguous()  # so that every fold is a channels-last picture without a copy
-        kernels = tuple(c.merge() if c.merged else None for c in (self.conv[0], self.conv[2]))
+        kernels = [c.merge() if c.merged else None for c in self.conv if isinstance(c, InceptionConv2d)]
         if isinstance(self.period, str):
             periods, strength = dominant_periods(x, self.top_k, shared=self.period == "batch")
             distinct = periods.unique().tolist()
@@ -252,13 +251,11 @@ class TimesBlock(nn.Module):
                 y = y.index_add(0, rows, weight[rows, None, None] * self._mix(x[rows], p, kernels))
         return y
 
-    def _mix(self, x: Tensor, period: int, kernels: tuple) -> Tensor:
+    def _mix(self, x: Tensor, period: int, kernels: list[tuple[Tensor, Tensor] | None]) -> Tensor:
         length = x.shape[1]
         folded = F.pad(x, (0, 0, 0, -length % period)).unflatten(1, (-1, period))  # (B, rows, p, D)
         h = self.conv[0](folded.permute(0, 3, 1, 2), kernels[0])  # in channels-last memory as it is
-        h = self.conv[1](
-            h.permute(0, 2, 3, 1)
-        )  # elementwise, and PyTorch does it ten times faster on a contiguous view
+        h = self.conv[1](h.permute(0, 2, 3, 1))  # contiguous: PyTorch's GELU is ten times slower on the permuted view
         h = self.conv[2](h.permute(0, 3, 1, 2), kernels[1])
         return h.permute(0, 2, 3, 1).flatten(1, 2)[:, :length]
 
