@@ -24,7 +24,6 @@ html_theme = "furo"
 html_title = "dynakern"
 html_static_path = []
 exclude_patterns = ["_build", "_generated", "_ext", "results"]
-mathjax_path = ""  # equations stay readable as LaTeX where no copy of MathJax is at hand; nothing is fetched
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 plot_include_source = True

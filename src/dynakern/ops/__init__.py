@@ -4,7 +4,16 @@
 :func:`explain_backend` answers "why so slow?".
 """
 
+from dynakern.ops.block_fft import block_fft, dft_matrix, three_pass_conv
 from dynakern.ops.dispatch import Backend, Choice, explain_backend
 from dynakern.ops.fft_conv import fft_conv
 
-__all__ = ["Backend", "Choice", "explain_backend", "fft_conv"]
+__all__ = [
+    "Backend",
+    "Choice",
+    "block_fft",
+    "dft_matrix",
+    "explain_backend",
+    "fft_conv",
+    "three_pass_conv",
+]

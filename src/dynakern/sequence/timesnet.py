@@ -149,7 +149,7 @@ class InceptionConv2d(nn.Module):
         weight, *larger = (self.get_parameter(f"kernels.{j}.weight") for j in range(len(self.kernels)))
         for kernel in larger:
             weight = kernel + F.pad(weight, (1, 1, 1, 1))
-        biases = [self.get_parameter(f"kernels.{j}.bias") for j in range(len(self.kernels))]
+        biases: list[Tensor] = [self.get_parameter(f"kernels.{j}.bias") for j in range(len(self.kernels))]
         return weight / len(self.kernels), torch.stack(biases).mean(0)
 
     def forward(self, x: Tensor, kernel: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -325,11 +325,27 @@ def _back_from_lanes(tile, first, lanes, parameter):
 
 
 @_kernel
+def _copy(source, source_first, target, target_first, lanes):
+    """Copy ``lanes`` columns; Numba takes seconds to compile an assignment of slices."""
+    for n in range(source.shape[0]):
+        for j in range(lanes):
+            target[n, target_first + j] = source[n, source_first + j]
+
+
+@_kernel
+def _clear(tile):
+    for t in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            tile[t, j] = 0
+
+
+@_kernel
 def _row_of(parameter, first, lanes):
     """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, as ``(1, LANES)``, zero beyond ``lanes``."""
     out = np.zeros((1, LANES), parameter.dtype)
     if parameter.size:
-        out[0, :lanes] = parameter[first : first + lanes]
+        for j in range(lanes):
+            out[0, j] = parameter[first + j]
     return out
 
 
@@ -337,8 +353,9 @@ def _row_of(parameter, first, lanes):
 def _load_rows(variable, i, group, start, steps, rows):
     """Copy the tile's coefficients of all states; static ones belong to the lanes and leave the ones that are here."""
     if variable.size:
+        start = np.uint64(start)
         for n in range(variable.shape[2]):
-            for t in range(steps):
+            for t in range(np.uint64(steps)):
                 rows[n, t] = variable[i, group, n, start + t]
 
 
@@ -350,10 +367,9 @@ def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, input
     for t in range(steps):
         for j in range(raw.shape[1]):
             raw[t, j] += bias[0, j]
+            dt[t, j] = raw[t, j]
     if softplus:
         _softplus(raw, steps, dt)
-    else:
-        dt[:steps] = raw[:steps]
     _product(dt, inputs, steps, x)
 
 
@@ -366,7 +382,7 @@ def _forward_tile(dt, x, decay, b, c, b_lanes, c_lanes, steps, xb, share, h, tot
             _scaled(x, n, b_lanes, steps, xb)
             source = xb
         if c_lanes.size:
-            share[:] = 0
+            _clear(share)
             _advance(n, dt, source, decay, b, c, steps, h, share)
             _add_scaled(share, n, c_lanes, steps, total)
         else:
@@ -385,7 +401,7 @@ def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
     for start in range(0, length, chunk):
         steps = min(chunk, length - start)
         if states.size:
-            states[i, start // chunk, :, first : first + lanes] = h[:, :lanes]
+            _copy(h, 0, states[i, start // chunk], first, lanes)
         _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
         _load_rows(p.B, i, group, start, steps, b)
         _load_rows(p.C, i, group, start, steps, c)
@@ -473,8 +489,10 @@ def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, gra
 
 @_kernel
 def _add_rows(rows, steps, start, target):
+    _disjoint()
+    start = np.uint64(start)
     for n in range(rows.shape[0]):
-        for t in range(steps):
+        for t in range(np.uint64(steps)):
             target[n, start + t] += rows[n, t]
 
 
@@ -502,9 +520,9 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
         if p.z.size:
             _ungate(p, i, first, lanes, start, steps, z, gate, g)
             _scaled(inputs, 0, skip, steps, total)
-        grad_x[:] = 0
-        grad_dt[:] = 0
-        entry[:, :lanes] = states[i, start // chunk, :, first : first + lanes]
+        _clear(grad_x)
+        _clear(grad_dt)
+        _copy(states[i, start // chunk], first, entry, 0, lanes)
         sums = grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c
         gated = p.z.size > 0
         _backward_tile(
@@ -521,8 +539,8 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
         _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt, grad_bias)
         _store(grad_x, first, lanes, start, steps, grad.u[i])
         _store(grad_dt, first, lanes, start, steps, grad.delta[i])
-    grad.D[i, first : first + lanes] = grad_skip[0, :lanes]
-    grad.bias[i, first : first + lanes] = grad_bias[0, :lanes]
+    for j in range(lanes):
+        grad.D[i, first + j], grad.bias[i, first + j] = grad_skip[0, j], grad_bias[0, j]
     _back_from_lanes(grad_rate, first, lanes, grad.A[i])
     _back_from_lanes(carry, first, lanes, grad.initial[i])
     if p.B_static.size:
