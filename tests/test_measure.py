@@ -40,6 +40,8 @@ def test_flops_of_known_work():
     assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
     conv = torch.nn.Conv2d(3, 4, 3, padding=1)
     assert count_flops(lambda: conv(torch.zeros(2, 3, 8, 8))) == 2 * 2 * 8 * 8 * 4 * 3 * 9
+    lstm = torch.nn.LSTM(3, 5)
+    assert count_flops(lambda: lstm(torch.zeros(7, 2, 3))) == 2 * 7 * 2 * 4 * 5 * (3 + 5)
     assert count_flops(lambda: torch.fft.rfft(torch.zeros(6, 1024))) == round(2.5 * 6 * 1024 * 10)
     assert count_flops(lambda: torch.fft.fft(torch.zeros(6, 1024, dtype=torch.complex64))) == 5 * 6 * 1024 * 10
 

@@ -164,23 +164,28 @@ def count_flops(function: Callable[[], object]) -> int | None:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+    aten = torch.ops.aten
     unknown: set[str] = set()
+    opaque = {aten._cudnn_rnn, aten.miopen_rnn}  # whole recurrent networks whose work is not counted
 
     class FindUnknown(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "dynakern" and func._overloadpacket not in flop_registry:
+            ours = func.namespace == "dynakern" and func._overloadpacket not in flop_registry
+            if ours or func._overloadpacket in opaque:
                 unknown.add(str(func))
             return func(*args, **(kwargs or {}))
 
-    aten = torch.ops.aten
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={aten._fft_r2c: _fft_flops, aten._fft_c2r: _fft_flops, aten._fft_c2c: _fft_flops},
-    )
+    formulas = dict.fromkeys((aten._fft_r2c, aten._fft_c2r, aten._fft_c2c), _fft_flops)
+    counter = FlopCounterMode(display=False, custom_mapping={**formulas, aten.mkldnn_rnn_layer: _recurrent_flops})
     with _counting(), torch.no_grad(), counter, FindUnknown():
         function()
     total = counter.get_total_flops()
     return None if unknown or total == 0 else int(total)
+
+
+def _recurrent_flops(x_shape: Any, input_weight: Any, hidden_weight: Any, *args: Any, **kwargs: Any) -> int:
+    """Count the matrix products of a fused LSTM layer: input ``(L, B, P)``, weights ``(4 D, P)`` and ``(4 D, D)``."""
+    return 2 * x_shape[0] * x_shape[1] * input_weight[0] * (input_weight[1] + hidden_weight[1])
 
 
 def _fft_flops(x_shape: Any, dim: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

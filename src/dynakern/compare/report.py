@@ -20,7 +20,11 @@ __all__ = ["format_row", "table_columns", "write_report"]
 def table_columns(comparison: Comparison) -> list[str]:
     """Return the column titles of the table, in order."""
     metrics = _metric_names(comparison)
-    return ["system", *(m.upper() for m in metrics), "parameters", "FLOPs", "train s", "latency ms", "peak MB"]
+    return ["system", *map(_title, metrics), "parameters", "FLOPs", "train s", "latency ms", "peak MB"]
+
+
+def _title(metric: str) -> str:
+    return metric.upper() if len(metric) <= 4 else metric.replace("_", " ")
 
 
 def _metric_names(comparison: Comparison) -> list[str]:
@@ -76,7 +80,9 @@ def write_report(comparison: Comparison, path: Path, *, command: str) -> Path:
             predictions[summary.competitor] = drawn
     systems = [s for s in done if not s.is_baseline]
     html = template.render(
-        title=f"{comparison.task.name}: {comparison.task.settings().get('columns', '')}",
+        title=comparison.task.name,
+        item=comparison.task.item,
+        notes=comparison.task.notes(),
         description=comparison.task.describe(),
         budget=str(comparison.budget),
         seeds=comparison.seeds,
@@ -85,6 +91,7 @@ def write_report(comparison: Comparison, path: Path, *, command: str) -> Path:
         best=done[0] if done else None,
         best_system=systems[0] if systems else None,
         headline=comparison.task.headline,
+        headline_title=_title(comparison.task.headline),
         pareto=_svg(_pareto(comparison)) if done else "",
         drawn=_svg(comparison.task.draw(predictions)) if predictions else "",
         errors=[(s.competitor, e) for s in comparison.summaries for e in s.errors],
@@ -126,7 +133,7 @@ def _pareto(comparison: Comparison) -> Figure:
     for axes, field, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("latency_ms", "train_seconds"),
-        ("latency of one window, ms", "training, s"),
+        (f"latency of one {comparison.task.item}, ms", "training, s"),
         strict=True,
     ):
         usable = [s for s in shown if (getattr(s, field) or 0) > 0]
@@ -139,7 +146,7 @@ def _pareto(comparison: Comparison) -> Figure:
         axes.margins(x=0.18, y=0.12)
         axes.set_xlabel(label)
         axes.grid(True, color="0.93")
-    figure.axes[0].set_ylabel(metric.upper())
+    figure.axes[0].set_ylabel(_title(metric))
     return figure
 
 

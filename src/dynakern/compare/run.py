@@ -27,6 +27,7 @@ class Task(Protocol):
 
     name: str
     headline: str
+    item: str
 
     def settings(self) -> dict[str, str]:
         """Return what makes two comparisons the same, as text."""
@@ -34,6 +35,10 @@ class Task(Protocol):
 
     def describe(self) -> str:
         """Return the problem in a sentence."""
+        ...
+
+    def notes(self) -> str:
+        """Return what the columns mean, for the report."""
         ...
 
     def competitors(self) -> list[str]:

@@ -6,6 +6,7 @@
 
 from dynakern.ops.block_fft import block_fft, dft_matrix, three_pass_conv
 from dynakern.ops.dispatch import Backend, Choice, explain_backend
+from dynakern.ops.dtw import dtw
 from dynakern.ops.fft_conv import fft_conv
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Choice",
     "block_fft",
     "dft_matrix",
+    "dtw",
     "explain_backend",
     "fft_conv",
     "three_pass_conv",

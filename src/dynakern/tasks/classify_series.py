@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         batch_size: Series a step.
         patience: Epochs without a better validation loss before training stops.
         validation_fraction: Part of the training series held out, stratified; 0 trains on all for the whole budget.
+        length: Steps that series are padded to; the longest of ``fit`` by default. Longer ones cannot be predicted.
         device: ``"cpu"`` (default) or ``"cuda"``.
         random_state: Seed of weights, shuffling and the held-out part.
 
@@ -64,6 +65,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = 16,
         patience: int | None = 10,
         validation_fraction: float = 0.2,
+        length: int | None = None,
         device: str | None = None,
         random_state: int | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.patience = patience
         self.validation_fraction = validation_fraction
+        self.length = length
         self.device = device
         self.random_state = random_state
 
@@ -86,9 +89,10 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: Values are not finite, sizes differ, or there is only one class.
         """
-        budget = train.Budget.parse(self.budget)
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"`validation_fraction` must be in [0, 1), got {self.validation_fraction!r}.")
+        return self._fit(X, y, None)
+
+    def _prepare(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Check and scale the training data: series ``(N, L, C)``, lengths ``(N,)`` and class numbers ``(N,)``."""
         x, lengths = self._series(X, reset=True)
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None.")
@@ -103,14 +107,24 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
         valid = np.arange(x.shape[1]) < lengths[:, None]
         self.mean_, std = x[valid].mean(0), x[valid].std(0)
         self.scale_ = np.where(std > 0, std, 1.0)
+        return self._scaled(x, valid), lengths, targets.astype(np.int64)
+
+    def _build(self) -> nn.Module:
+        classes = len(self.classes_)
+        return build_network(
+            "classify-series", self.system, channels=self._channels, length=self._length, classes=classes
+        )
+
+    def _fit(self, X: Any, y: Any, progress: Callable[[str, float], None] | None) -> SeriesClassifier:
+        budget = train.Budget.parse(self.budget)
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` must be in [0, 1), got {self.validation_fraction!r}.")
+        data = self._prepare(X, y)
         seed = seed_from(self.random_state)
-        held = self._held_out(targets, seed)
-        data = self._scaled(x, valid), lengths, targets.astype(np.int64)
+        held = self._held_out(data[2], seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network_: nn.Module = build_network(
-                "classify-series", self.system, channels=x.shape[2], length=x.shape[1], classes=len(self.classes_)
-            )
+            self.network_: nn.Module = self._build()
         self.history_ = train.fit(
             self.network_,
             _Labelled(*(part[~held] for part in data)),
@@ -123,6 +137,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
             clip=4.0,
             device=self.device,
             seed=seed,
+            progress=progress,
         )
         return self
 
@@ -146,7 +161,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
             for index, row in enumerate(rows):
                 check_finite(f"X[{index}]", row)
             lengths = np.array([len(row) for row in rows])
-            longest = int(lengths.max()) if reset else max(self._length, int(lengths.max()))
+            longest = max(int(lengths.max()), (self.length or 0) if reset else self._length)
             x = np.zeros((len(rows), longest, rows[0].shape[1]))
             for index, row in enumerate(rows):
                 x[index, : len(row)] = row

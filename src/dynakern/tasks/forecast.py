@@ -158,6 +158,7 @@ class ForecastTask:
 
     name = "forecast"
     headline = "mse"
+    item = "window"
 
     def __post_init__(self) -> None:
         check_positive("context", self.context, integer=True)
@@ -260,6 +261,10 @@ class ForecastTask:
             f"{counts['train']} / {counts['validation']} / {counts['test']} training, validation and test windows, "
             f"protocol {self.protocol}"
         )
+
+    def notes(self) -> str:
+        """Return what the columns mean, for the report."""
+        return "mse and mae are means over windows, steps and standardised series."
 
     def competitors(self) -> list[str]:
         """Return the names of everything that can compete: baselines first, then systems of the catalogue."""

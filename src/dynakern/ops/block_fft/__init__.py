@@ -1,4 +1,4 @@
-r"""FFTs as products of small dense matrices (Butterfly, Monarch), and a convolution that passes three times over memory.
+r"""FFTs as products of small dense matrices (Butterfly, Monarch), and a convolution in three passes over memory.
 
 Both are plain matrix products and FFTs of PyTorch, on any device; there are no engines to choose from.
 """

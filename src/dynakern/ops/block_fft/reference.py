@@ -71,7 +71,7 @@ def _as_matrix(x: Tensor, points: int, block: int) -> Tensor:
 
 
 def _twiddled_columns(rows: int, columns: int, points: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield chunks of columns i, and w_N^{q i} for the rows q of the upper half; a chunk has about ``columns`` entries."""
+    """Yield chunks of columns i with w_N^{q i} for the rows q of the upper half; a chunk has about a row's entries."""
     width = max(1, columns // rows)
     q = torch.arange(rows // 2 + 1, device=like.device)[:, None]
     inner = _root(q * torch.arange(width, device=like.device), points)

@@ -31,8 +31,8 @@ def fft_conv(
 
     - ``causal=True``: :math:`\lambda_j = j`. Of a kernel with T > L taps only the first L matter.
     - ``causal=False``: the two-sided kernel is in the order of ``torch.fft.fftfreq``: lags 0, 1, ..., then the negative
-      (future) ones up to -1, that is :math:`\lambda_j = j` for :math:`j < \lceil T/2 \rceil` and :math:`j - T` from there
-      on. A forward kernel ``k0`` and a reverse kernel ``k1`` of equal length, tap j of which acts at lags j and
+      (future) ones up to -1, that is :math:`\lambda_j = j` for :math:`j < \lceil T/2 \rceil`, and :math:`j - T` from
+      there on. A forward kernel ``k0`` and a reverse kernel ``k1`` of equal length, whose taps j act at lags j and
       -(j + 1), make ``torch.cat([k0, k1.flip(-1)], -1)``.
 
     Args:

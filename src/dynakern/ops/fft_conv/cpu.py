@@ -416,7 +416,7 @@ def _share_lanes(k: Tensor, batch: int) -> Tensor:
 def _run(tasks: Callable[[int, int], None], count: int) -> None:
     """Do tasks 0 .. count - 1 in ranges on PyTorch's number of threads; the kernels release the interpreter's lock.
 
-    These are threads outside of Numba's own layer, since a ``parallel=True`` kernel takes three times as long to compile.
+    These are threads outside of Numba's layer: a kernel with ``parallel=True`` takes three times as long to compile.
     """
     threads = min(torch.get_num_threads(), count)
     if threads == 1:

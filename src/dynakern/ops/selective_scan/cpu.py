@@ -1,14 +1,20 @@
 """The selective scan on the CPU: fused Numba kernels, forward and backward.
 
-A work item is a sequence of the batch and a block of LANES channels of one group. It walks over the steps in tiles of
-``CHUNK`` rows: a tile of ``delta`` and ``u`` is turned so that the channels lie side by side, which makes them the
-vector axis of every inner loop, whatever the number of states; nothing is summed across a vector in the forward pass
-and each tile stays in the first-level cache. The backward pass starts every tile from the state that the forward pass
-kept at its first row, recomputes the rest, and walks the tile backwards. Sums over channels run in a fixed order.
+A work item is one sequence of the batch and a block of LANES channels of one group. It walks over the steps in tiles:
+a tile of ``delta`` and ``u`` is turned so that the channels lie side by side, which makes them the vector axis of every
+inner loop whatever the number of states, and it stays in the nearest caches while the states pass over it one by one.
+The backward pass starts each tile from the state that the forward pass kept at its first row, recomputes the others,
+and walks the tile backwards. Sums over channels and sequences run in a fixed order, whatever the number of threads.
+
+Names: a *tile* is ``(steps, LANES)``, *lanes* are ``(N, LANES)``, *rows* are ``(N, steps)``; ``first`` is a block's
+first channel and ``lanes`` how many channels it has, ``start`` a tile's first step. Loops run over the stored width of
+a tile: LLVM would unroll a constant width before it could vectorise the loop. No slice is assigned: that takes Numba
+seconds to compile.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +32,10 @@ LANES = 32  # channels of a block
 WORK_ITEMS = 64  # that the backward pass aims at; more would only cost memory for partial sums
 
 _LOG2E = 1.4426950408889634
-_LN2 = 0.6931471805599453
 _f32 = np.float32
-
-# 2**r = 1 + r * q(r) on [-1/2, 1/2], best relative error: 2e-9 (single) and 3e-18 (double); exact at r = 0.
+_LOW, _HIGH, _ROUND, _ONE, _TWO = _f32(-127), _f32(128), _f32(1.5 * 2**23), _f32(1), _f32(2)
+_LOW64, _HIGH64, _ROUND64 = -1023.0, 1024.0, 1.5 * 2.0**52
+# 2**r = 1 + r * q(r) on [-1/2, 1/2] with least relative error: 2e-9 (single), 3e-18 (double); exact at r = 0.
 _S0, _S1, _S2 = _f32(0.693147202855), _f32(0.240226479136), _f32(0.0555033247119)
 _S3, _S4, _S5 = _f32(0.00961843735696), _f32(0.0013398874394), _f32(0.000153533620689)
 _D0, _D1, _D2, _D3 = 0.69314718055994532581, 0.2402265069591013126, 0.055504108664820083227, 0.0096181291075942
@@ -38,14 +44,32 @@ _D8, _D9, _D10 = 1.0178199571842137974e-7, 7.0737832485031332991e-9, 4.434771298
 # log(1 + w) = s * q(s**2), s = w / (2 + w), on [0, 1], relative error 4e-9.
 _L0, _L1, _L2 = _f32(2.00000000808), _f32(0.666663101449), _f32(0.400251143238)
 _L3, _L4 = _f32(0.279576657946), _f32(0.281915472234)
-_ONE, _TWO = _f32(1.0), _f32(2.0)
-_LOW, _HIGH, _ROUND = _f32(-127.0), _f32(128.0), _f32(1.5 * 2**23)
-_LOW64, _HIGH64, _ROUND64 = -1023.0, 1024.0, 1.5 * 2.0**52
+
+_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+_kernel = njit(fastmath={"contract"}, **_OPTIONS)
+_reduction = njit(fastmath={"contract", "reassoc", "nsz"}, **_OPTIONS)
+
+
+@intrinsic
+def _disjoint(typing_context: Any) -> Any:
+    """Promise that the arrays given to the calling function do not overlap, which lets its loops vectorise.
+
+    Numba makes this promise for its own parallel loops only. It is LLVM's ``noalias``, set on the data pointers, the
+    fifth field of an array argument; without it the loops are slower and compute the same.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for argument in builder.function.args:
+            if argument.name.startswith("arg.") and argument.name.endswith(".4"):
+                argument.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
 def _scale(typing_context: Any, p: Any, shifted: Any) -> Any:
-    """Return ``p * 2**k`` by adding k to the exponent bits; ``shifted`` is k + 1.5 * 2**23 (2**52), k in its low bits."""
+    """Return ``p * 2**k`` by adding k to the exponent; ``shifted`` is k + 1.5 * 2**23 (2**52): k in its low bits."""
     bits, mantissa = (32, 23) if p == types.float32 else (64, 52)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -57,7 +81,7 @@ def _scale(typing_context: Any, p: Any, shifted: Any) -> Any:
 
 
 def _exp2(x: float) -> float:
-    """Return ``2**x``, 0 below the normal range; vectorises, unlike the library call. NaN stays NaN."""
+    """Return ``2**x``, 0 below the normal range; it vectorises, unlike the library call. NaN stays NaN."""
     return 2.0**x
 
 
@@ -96,30 +120,37 @@ def _log1p_single(w):
     return s * ((((_L4 * v + _L3) * v + _L2) * v + _L1) * v + _L0)
 
 
-@overload(_log1p, jit_options={"fastmath": {"contract"}})
+@overload(_log1p, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
 def _log1p_overload(w):
     return _log1p_single if w == types.float32 else lambda w: np.log1p(w)
 
 
-@intrinsic
-def _disjoint(typing_context: Any) -> Any:
-    """Promise that the arrays given to the calling function do not overlap, which lets its loops vectorise.
-
-    Numba makes this promise for its own parallel loops only. It is LLVM's ``noalias``, set on the data pointers, the
-    fifth field of an array argument; without it the loops are slower and compute the same.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for argument in builder.function.args:
-            if argument.name.startswith("arg.") and argument.name.endswith(".4"):
-                argument.add_attribute("noalias")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+@_kernel
+def _sigmoid(v, one, minus_log2e):
+    """Return ``1 / (1 + exp(-v))``, accurate for either sign; the constants come in the type of v."""
+    e = _exp2(abs(v) * minus_log2e)
+    return (one if v > 0 else e) / (one + e)
 
 
-_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-_reduction = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+class _Arrays(NamedTuple):
+    """The operands as arrays of one dtype; an absent one has size 0. Static coefficients are ``(D, N)``."""
+
+    u: np.ndarray  # (b, D, L)
+    delta: np.ndarray  # (b, D, L)
+    A: np.ndarray  # (D, N)
+    B: np.ndarray  # (b, G, N, L)
+    C: np.ndarray  # (b, G, N, L)
+    B_static: np.ndarray  # (D, N)
+    C_static: np.ndarray  # (D, N)
+    D: np.ndarray  # (D,)
+    z: np.ndarray  # (b, D, L)
+    bias: np.ndarray  # (D,)
+    initial: np.ndarray  # (b, D, N)
+
+
+# What the backward pass fills, field by field; one of A, D, the bias and static coefficients for each sequence, and one
+# of variable coefficients, (b, G, slots, N, L), for each slot: the sums over them are left to the caller.
+_Gradients = namedtuple("_Gradients", _Arrays._fields)
 
 
 @_kernel
@@ -143,44 +174,69 @@ def _store(tile, first, lanes, start, steps, target):
 
 
 @_kernel
-def _softplus(raw, steps, dt):
-    """Write ``softplus(raw)``, the identity above 20."""
-    _disjoint()
-    real = raw.dtype.type
-    zero, threshold, minus_log2e = real(0), real(20), real(-_LOG2E)
-    for t in range(steps):
-        for j in range(raw.shape[1]):
-            v = raw[t, j]
-            soft = max(v, zero) + _log1p(_exp2(abs(v) * minus_log2e))
-            dt[t, j] = v if v > threshold else soft
+def _load_rows(variable, i, group, start, steps, rows):
+    """Copy a tile's variable coefficients; static ones belong to the lanes and leave the ones that are here."""
+    if variable.size:
+        start = np.uint64(start)
+        for n in range(variable.shape[2]):
+            for t in range(np.uint64(steps)):
+                rows[n, t] = variable[i, group, n, start + t]
 
 
 @_kernel
-def _sigmoid(tile, steps, out):
-    """Write ``1 / (1 + exp(-tile))``, accurate for either sign."""
+def _add_rows(rows, steps, start, target):
     _disjoint()
-    one, minus_log2e = tile.dtype.type(1), tile.dtype.type(-_LOG2E)
-    for t in range(steps):
+    start = np.uint64(start)
+    for n in range(rows.shape[0]):
+        for t in range(np.uint64(steps)):
+            target[n, start + t] += rows[n, t]
+
+
+@_kernel
+def _zeros(N, dtype):
+    return np.zeros((N, LANES), dtype)
+
+
+@_kernel
+def _lanes_of(parameter, first, lanes, factor):
+    """Return ``factor * parameter[first : first + lanes]``, ``(D, N)``, as ``(N, LANES)``, zero beyond ``lanes``."""
+    out = _zeros(parameter.shape[1], parameter.dtype)
+    for n in range(parameter.shape[1]):
+        for j in range(lanes):
+            out[n, j] = parameter[first + j, n] * parameter.dtype.type(factor)
+    return out
+
+
+@_kernel
+def _store_lanes(values, first, lanes, parameter):
+    """Write ``(N, LANES)`` into ``parameter[first : first + lanes]``, ``(D, N)``."""
+    for n in range(parameter.shape[1]):
+        for j in range(lanes):
+            parameter[first + j, n] = values[n, j]
+
+
+@_kernel
+def _lane_of(parameter, first, lanes):
+    """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, as ``(1, LANES)``, zero beyond ``lanes``."""
+    out = _zeros(1, parameter.dtype)
+    if parameter.size:
+        for j in range(lanes):
+            out[0, j] = parameter[first + j]
+    return out
+
+
+@_kernel
+def _copy(source, source_first, target, target_first, lanes):
+    for n in range(source.shape[0]):
+        for j in range(lanes):
+            target[n, target_first + j] = source[n, source_first + j]
+
+
+@_kernel
+def _clear(tile):
+    for t in range(tile.shape[0]):
         for j in range(tile.shape[1]):
-            v = tile[t, j]
-            e = _exp2(abs(v) * minus_log2e)
-            out[t, j] = (one if v >= 0 else e) / (one + e)
-
-
-@_kernel
-def _product(left, right, steps, out):
-    _disjoint()
-    for t in range(steps):
-        for j in range(left.shape[1]):
-            out[t, j] = left[t, j] * right[t, j]
-
-
-@_kernel
-def _multiply(factor, steps, tile):
-    _disjoint()
-    for t in range(steps):
-        for j in range(tile.shape[1]):
-            tile[t, j] *= factor[t, j]
+            tile[t, j] = 0
 
 
 @_kernel
@@ -232,6 +288,43 @@ def _sum_steps(left, right, shift, n, steps, lanes):
 
 
 @_kernel
+def _prepare(raw, bias, softplus, inputs, steps, dt, x):
+    """Add the bias to the raw steps; write the steps and ``dt * u``. The softplus is the identity above 20."""
+    _disjoint()
+    zero, threshold, minus_log2e = raw.dtype.type(0), raw.dtype.type(20), raw.dtype.type(-_LOG2E)
+    for t in range(steps):
+        for j in range(raw.shape[1]):
+            v = raw[t, j] + bias[0, j]
+            raw[t, j] = v
+            if softplus and not v > threshold:
+                v = max(v, zero) + _log1p(_exp2(abs(v) * minus_log2e))
+            dt[t, j] = v
+            x[t, j] = v * inputs[t, j]
+
+
+@_kernel
+def _gate(z, steps, total):
+    """Multiply by ``silu(z)``."""
+    _disjoint()
+    one, minus_log2e = z.dtype.type(1), z.dtype.type(-_LOG2E)
+    for t in range(steps):
+        for j in range(z.shape[1]):
+            total[t, j] *= z[t, j] * _sigmoid(z[t, j], one, minus_log2e)
+
+
+@_kernel
+def _ungate(z, steps, g, slope):
+    """Turn ``g``, the gradient of ``total * silu(z)``, into that of ``total``; write ``g * silu'(z)``."""
+    _disjoint()
+    one, minus_log2e = z.dtype.type(1), z.dtype.type(-_LOG2E)
+    for t in range(steps):
+        for j in range(z.shape[1]):
+            s = _sigmoid(z[t, j], one, minus_log2e)
+            slope[t, j] = g[t, j] * s * (one + z[t, j] * (one - s))
+            g[t, j] *= z[t, j] * s
+
+
+@_kernel
 def _advance(n, dt, x, decay, b, c, steps, h, y):
     """Walk state n of all lanes over a tile: the recurrence, and its share of the output."""
     _disjoint()
@@ -274,149 +367,69 @@ def _walk_back(n, dt, g, rate, c, h, steps, a, carry, grad_rate, grad_dt):
             grad_dt[t, j] += rate[n, j] * s
 
 
-class _Arrays(NamedTuple):
-    """The operands as arrays of one dtype; an absent one has size 0. Static coefficients are ``(D, N)``."""
-
-    u: np.ndarray  # (b, D, L)
-    delta: np.ndarray  # (b, D, L)
-    A: np.ndarray  # (D, N)
-    B: np.ndarray  # (b, G, N, L)
-    C: np.ndarray  # (b, G, N, L)
-    B_static: np.ndarray  # (D, N)
-    C_static: np.ndarray  # (D, N)
-    D: np.ndarray  # (D,)
-    z: np.ndarray  # (b, D, L)
-    bias: np.ndarray  # (D,)
-    initial: np.ndarray  # (b, D, N)
-
-
-class _Gradients(NamedTuple):
-    """What the backward pass fills; the sums over sequences and slots are left to the caller."""
-
-    u: np.ndarray  # (b, D, L)
-    delta: np.ndarray  # (b, D, L)
-    A: np.ndarray  # (b, D, N)
-    B: np.ndarray  # (b, G, slots, N, L)
-    C: np.ndarray  # (b, G, slots, N, L)
-    B_static: np.ndarray  # (b, D, N)
-    C_static: np.ndarray  # (b, D, N)
-    D: np.ndarray  # (b, D)
-    z: np.ndarray  # (b, D, L)
-    bias: np.ndarray  # (b, D)
-    initial: np.ndarray  # (b, D, N)
-
-
 @_kernel
-def _lanes_of(parameter, first, lanes, factor):
-    """Return ``factor * parameter[first : first + lanes]``, ``(D, N)``, as ``(N, LANES)``, zero beyond ``lanes``."""
-    out = np.zeros((parameter.shape[1], LANES), parameter.dtype)
-    for n in range(parameter.shape[1]):
-        for j in range(lanes):
-            out[n, j] = parameter[first + j, n] * parameter.dtype.type(factor)
-    return out
-
-
-@_kernel
-def _back_from_lanes(tile, first, lanes, parameter):
-    """Write ``(N, LANES)`` into ``parameter[first : first + lanes]``, ``(D, N)``."""
-    for n in range(parameter.shape[1]):
-        for j in range(lanes):
-            parameter[first + j, n] = tile[n, j]
-
-
-@_kernel
-def _copy(source, source_first, target, target_first, lanes):
-    """Copy ``lanes`` columns; Numba takes seconds to compile an assignment of slices."""
-    for n in range(source.shape[0]):
-        for j in range(lanes):
-            target[n, target_first + j] = source[n, source_first + j]
-
-
-@_kernel
-def _clear(tile):
-    for t in range(tile.shape[0]):
-        for j in range(tile.shape[1]):
-            tile[t, j] = 0
-
-
-@_kernel
-def _row_of(parameter, first, lanes):
-    """Return ``parameter[first : first + lanes]``, ``(D,)`` or empty, as ``(1, LANES)``, zero beyond ``lanes``."""
-    out = np.zeros((1, LANES), parameter.dtype)
-    if parameter.size:
-        for j in range(lanes):
-            out[0, j] = parameter[first + j]
-    return out
-
-
-@_kernel
-def _load_rows(variable, i, group, start, steps, rows):
-    """Copy the tile's coefficients of all states; static ones belong to the lanes and leave the ones that are here."""
-    if variable.size:
-        start = np.uint64(start)
-        for n in range(variable.shape[2]):
-            for t in range(np.uint64(steps)):
-                rows[n, t] = variable[i, group, n, start + t]
-
-
-@_kernel
-def _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x):
-    """Fill the tiles of the raw steps with their bias, of the steps, of u and of ``dt * u``."""
-    _load(p.delta[i], first, lanes, start, steps, raw)
-    _load(p.u[i], first, lanes, start, steps, inputs)
+def _finish(raw, inputs, dt, g, skip, softplus, total, steps, grad_x, grad_dt, grad_z, grad_bias, grad_skip):
+    """Turn the gradients of ``dt * u``, of the decays and of the gate into those of u, of the raw steps and of z."""
+    _disjoint()
+    threshold, one, minus_log2e = raw.dtype.type(20), raw.dtype.type(1), raw.dtype.type(-_LOG2E)
     for t in range(steps):
         for j in range(raw.shape[1]):
-            raw[t, j] += bias[0, j]
-            dt[t, j] = raw[t, j]
-    if softplus:
-        _softplus(raw, steps, dt)
-    _product(dt, inputs, steps, x)
+            d = grad_dt[t, j] + inputs[t, j] * grad_x[t, j]
+            if softplus and not raw[t, j] > threshold:
+                d *= _sigmoid(raw[t, j], one, minus_log2e)
+            grad_dt[t, j] = d
+            grad_bias[0, j] += d
+            grad_skip[0, j] += g[t, j] * inputs[t, j]
+            grad_z[t, j] *= total[t, j]
+            grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[0, j] * g[t, j]
 
 
 @_kernel
 def _forward_tile(dt, x, decay, b, c, b_lanes, c_lanes, steps, xb, share, h, total):
     """Add the output of all states over a tile to ``total``."""
+    static_b, static_c = b_lanes.size > 0, c_lanes.size > 0
     for n in range(h.shape[0]):
-        source = x
-        if b_lanes.size:
+        if static_b:
             _scaled(x, n, b_lanes, steps, xb)
-            source = xb
-        if c_lanes.size:
+        if static_c:
             _clear(share)
-            _advance(n, dt, source, decay, b, c, steps, h, share)
+        _advance(n, dt, xb if static_b else x, decay, b, c, steps, h, share if static_c else total)
+        if static_c:
             _add_scaled(share, n, c_lanes, steps, total)
-        else:
-            _advance(n, dt, source, decay, b, c, steps, h, total)
 
 
 @_kernel
 def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
     """Scan a block of channels of sequence i."""
     dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
-    decay, b_lanes = _lanes_of(p.A, first, lanes, _LOG2E), _lanes_of(p.B_static, first, lanes, 1.0)
-    c_lanes, skip, bias = _lanes_of(p.C_static, first, lanes, 1.0), _row_of(p.D, first, lanes), _row_of(p.bias, first, lanes)
-    h = _lanes_of(p.initial[i], first, lanes, 1.0) if p.initial.size else np.zeros((N, LANES), dtype)
+    decay, skip, bias = (
+        _lanes_of(p.A, first, lanes, _LOG2E),
+        _lane_of(p.D, first, lanes),
+        _lane_of(p.bias, first, lanes),
+    )
+    b_lanes, c_lanes = _lanes_of(p.B_static, first, lanes, 1.0), _lanes_of(p.C_static, first, lanes, 1.0)
+    h = _lanes_of(p.initial[i], first, lanes, 1.0) if p.initial.size else _zeros(N, dtype)
     tiles, b, c = np.zeros((7, chunk, LANES), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
     raw, dt, inputs, x, total, xb, share = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6]
     for start in range(0, length, chunk):
         steps = min(chunk, length - start)
         if states.size:
             _copy(h, 0, states[i, start // chunk], first, lanes)
-        _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
+        _load(p.delta[i], first, lanes, start, steps, raw)
+        _load(p.u[i], first, lanes, start, steps, inputs)
         _load_rows(p.B, i, group, start, steps, b)
         _load_rows(p.C, i, group, start, steps, c)
+        _prepare(raw, bias, softplus, inputs, steps, dt, x)
         _scaled(inputs, 0, skip, steps, total)
         _forward_tile(dt, x, decay, b, c, b_lanes, c_lanes, steps, xb, share, h, total)
         if p.z.size:
             _load(p.z[i], first, lanes, start, steps, raw)
-            _sigmoid(raw, steps, dt)
-            _multiply(raw, steps, total)
-            _multiply(dt, steps, total)
+            _gate(raw, steps, total)
         _store(total, first, lanes, start, steps, y[i])
-    _back_from_lanes(h, first, lanes, last[i])
+    _store_lanes(h, first, lanes, last[i])
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@njit(parallel=True, **_OPTIONS)
 def _forward(p, softplus, chunk, groups, y, last, states):
     channels = p.u.shape[1] // groups
     blocks = (channels + LANES - 1) // LANES
@@ -427,40 +440,25 @@ def _forward(p, softplus, chunk, groups, y, last, states):
 
 
 @_kernel
-def _ungate(p, i, first, lanes, start, steps, z, gate, g):
-    """Turn ``g``, the gradient of ``total * silu(z)``, into that of ``total``; leave ``g * silu'(z)`` in ``gate``."""
-    one = z.dtype.type(1)
-    _load(p.z[i], first, lanes, start, steps, z)
-    _sigmoid(z, steps, gate)
-    for t in range(steps):
-        for j in range(z.shape[1]):
-            s = gate[t, j]
-            gate[t, j] = g[t, j] * s * (one + z[t, j] * (one - s))
-            g[t, j] *= z[t, j] * s
-
-
-@_kernel
 def _backward_tile(dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, steps, a, h, spare, carry, total, sums):
     """Take all states back over a tile; ``sums`` are the gradients it adds to."""
     grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c = sums
+    static_b, static_c = b_lanes.size > 0, c_lanes.size > 0
     for n in range(carry.shape[0]):
-        if b_lanes.size:
+        if static_b:
             _scaled(x, n, b_lanes, steps, spare)
-            _replay(n, dt, spare, decay, b, entry, steps, a, h)
-        else:
-            _replay(n, dt, x, decay, b, entry, steps, a, h)
-        if c_lanes.size:
+        _replay(n, dt, spare if static_b else x, decay, b, entry, steps, a, h)
+        if static_c:
             if gated:
                 _add_scaled(h[1:], n, c_lanes, steps, total)
             _sum_steps(g, h, 1, n, steps, grad_c_lanes)
             _scaled(g, n, c_lanes, steps, spare)
-            _walk_back(n, dt, spare, rate, c, h, steps, a, carry, grad_rate, grad_dt)
         else:
             if gated:
                 _add_outer(h[1:], n, c, steps, total)
             _sum_lanes(g, h, 1, n, steps, grad_c)
-            _walk_back(n, dt, g, rate, c, h, steps, a, carry, grad_rate, grad_dt)
-        if b_lanes.size:
+        _walk_back(n, dt, spare if static_c else g, rate, c, h, steps, a, carry, grad_rate, grad_dt)
+        if static_b:
             _sum_steps(a, x, 0, n, steps, grad_b_lanes)
             _add_scaled(a, n, b_lanes, steps, grad_x)
         else:
@@ -469,62 +467,36 @@ def _backward_tile(dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, 
 
 
 @_kernel
-def _finish_tile(raw, inputs, dt, g, skip, softplus, steps, sigmoid, grad_x, grad_dt, grad_bias):
-    """Turn the gradients of ``dt * u`` and of the decays into those of u and of the raw steps."""
-    _disjoint()
-    threshold, one = raw.dtype.type(20), raw.dtype.type(1)
-    for t in range(steps):
-        for j in range(raw.shape[1]):
-            grad_dt[t, j] += inputs[t, j] * grad_x[t, j]
-            grad_x[t, j] = dt[t, j] * grad_x[t, j] + skip[0, j] * g[t, j]
-    if softplus:
-        _sigmoid(raw, steps, sigmoid)
-        for t in range(steps):
-            for j in range(raw.shape[1]):
-                grad_dt[t, j] *= one if raw[t, j] > threshold else sigmoid[t, j]
-    for t in range(steps):
-        for j in range(raw.shape[1]):
-            grad_bias[0, j] += grad_dt[t, j]
-
-
-@_kernel
-def _add_rows(rows, steps, start, target):
-    _disjoint()
-    start = np.uint64(start)
-    for n in range(rows.shape[0]):
-        for t in range(np.uint64(steps)):
-            target[n, start + t] += rows[n, t]
-
-
-@_kernel
 def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lanes, group, slot, grad):
     """Take a block of channels of sequence i back from its last step to its first."""
-    dtype, length, N = p.u.dtype, p.u.shape[2], p.A.shape[1]
+    dtype, length, N, gated = p.u.dtype, p.u.shape[2], p.A.shape[1], p.z.size > 0
     rate, decay = _lanes_of(p.A, first, lanes, 1.0), _lanes_of(p.A, first, lanes, _LOG2E)
     b_lanes, c_lanes = _lanes_of(p.B_static, first, lanes, 1.0), _lanes_of(p.C_static, first, lanes, 1.0)
-    skip, bias = _row_of(p.D, first, lanes), _row_of(p.bias, first, lanes)
-    carry = _lanes_of(grad_last[i], first, lanes, 1.0)
-    entry, grad_rate = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
-    grad_b_lanes, grad_c_lanes = np.zeros((N, LANES), dtype), np.zeros((N, LANES), dtype)
-    grad_skip, grad_bias = np.zeros((1, LANES), dtype), np.zeros((1, LANES), dtype)
-    b, c, grad_b, grad_c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
+    skip, bias = _lane_of(p.D, first, lanes), _lane_of(p.bias, first, lanes)
+    entry, carry = _zeros(N, dtype), _lanes_of(grad_last[i], first, lanes, 1.0)
+    grad_rate, grad_b_lanes, grad_c_lanes = _zeros(N, dtype), _zeros(N, dtype), _zeros(N, dtype)
+    grad_skip, grad_bias = _zeros(1, dtype), _zeros(1, dtype)
+    b, c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
+    grad_b, grad_c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
     tiles, h = np.zeros((12, chunk, LANES), dtype), np.zeros((chunk + 1, LANES), dtype)
-    raw, inputs, z, gate, total, dt = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
+    raw, inputs, z, slope, total, dt = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
     x, g, a, grad_x, grad_dt, spare = tiles[6], tiles[7], tiles[8], tiles[9], tiles[10], tiles[11]
+    sums = grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c
     for start in range((length - 1) // chunk * chunk, -1, -chunk):
         steps = min(chunk, length - start)
-        _load_steps(p, i, first, lanes, start, steps, softplus, bias, raw, dt, inputs, x)
+        _load(p.delta[i], first, lanes, start, steps, raw)
+        _load(p.u[i], first, lanes, start, steps, inputs)
         _load_rows(p.B, i, group, start, steps, b)
         _load_rows(p.C, i, group, start, steps, c)
+        _prepare(raw, bias, softplus, inputs, steps, dt, x)
         _load(grad_y[i], first, lanes, start, steps, g)
-        if p.z.size:
-            _ungate(p, i, first, lanes, start, steps, z, gate, g)
+        if gated:
+            _load(p.z[i], first, lanes, start, steps, z)
+            _ungate(z, steps, g, slope)
             _scaled(inputs, 0, skip, steps, total)
         _clear(grad_x)
         _clear(grad_dt)
         _copy(states[i, start // chunk], first, entry, 0, lanes)
-        sums = grad_x, grad_dt, grad_rate, grad_b_lanes, grad_c_lanes, grad_b, grad_c
-        gated = p.z.size > 0
         _backward_tile(
             dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, steps, a, h, spare, carry, total, sums
         )  # fmt: skip
@@ -532,24 +504,20 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
             _add_rows(grad_b, steps, start, grad.B[i, group, slot])
         if p.C.size:
             _add_rows(grad_c, steps, start, grad.C[i, group, slot])
+        _finish(raw, inputs, dt, g, skip, softplus, total, steps, grad_x, grad_dt, slope, grad_bias, grad_skip)
         if gated:
-            _multiply(total, steps, gate)
-            _store(gate, first, lanes, start, steps, grad.z[i])
-        _sum_steps(g, inputs, 0, 0, steps, grad_skip)
-        _finish_tile(raw, inputs, dt, g, skip, softplus, steps, spare, grad_x, grad_dt, grad_bias)
+            _store(slope, first, lanes, start, steps, grad.z[i])
         _store(grad_x, first, lanes, start, steps, grad.u[i])
         _store(grad_dt, first, lanes, start, steps, grad.delta[i])
     for j in range(lanes):
         grad.D[i, first + j], grad.bias[i, first + j] = grad_skip[0, j], grad_bias[0, j]
-    _back_from_lanes(grad_rate, first, lanes, grad.A[i])
-    _back_from_lanes(carry, first, lanes, grad.initial[i])
-    if p.B_static.size:
-        _back_from_lanes(grad_b_lanes, first, lanes, grad.B_static[i])
-    if p.C_static.size:
-        _back_from_lanes(grad_c_lanes, first, lanes, grad.C_static[i])
+    _store_lanes(grad_rate, first, lanes, grad.A[i])
+    _store_lanes(carry, first, lanes, grad.initial[i])
+    _store_lanes(grad_b_lanes, first, lanes, grad.B_static[i])
+    _store_lanes(grad_c_lanes, first, lanes, grad.C_static[i])
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@njit(parallel=True, **_OPTIONS)
 def _backward(p, softplus, chunk, groups, slots, states, grad_y, grad_last, grad):
     channels = p.u.shape[1] // groups
     blocks = (channels + LANES - 1) // LANES
@@ -561,24 +529,16 @@ def _backward(p, softplus, chunk, groups, slots, states, grad_y, grad_last, grad
             _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lanes, group, slot, grad)
 
 
-def _numpy(x: Tensor | None, like: Tensor, ndim: int) -> np.ndarray:
-    return np.empty((0,) * ndim, like.numpy().dtype) if x is None else x.detach().contiguous().numpy()
-
-
-def _arrays(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, initial_state: Tensor | None,
-) -> _Arrays:  # fmt: skip
+def _arrays(operands: tuple[Tensor | None, ...]) -> _Arrays:
+    u, delta, A, B, C, *rest = operands
+    split = [None if x.ndim != ndim else x for ndim in (4, 2) for x in (B, C)]
+    ndims = (3, 3, 2, 4, 4, 2, 2, 1, 3, 1, 3)
+    empty = u.new_empty(0)
     return _Arrays(
-        _numpy(u, u, 3),
-        _numpy(delta, u, 3),
-        _numpy(A, u, 2),
-        *(_numpy(x if x.ndim == 4 else None, u, 4) for x in (B, C)),
-        *(_numpy(x if x.ndim == 2 else None, u, 2) for x in (B, C)),
-        _numpy(D, u, 1),
-        _numpy(z, u, 3),
-        _numpy(delta_bias, u, 1),
-        _numpy(initial_state, u, 3),
+        *(
+            empty.reshape((0,) * ndim).numpy() if x is None else x.detach().contiguous().numpy()
+            for x, ndim in zip((u, delta, A, *split, *rest), ndims, strict=True)
+        )
     )
 
 
@@ -589,7 +549,7 @@ def _groups(B: Tensor, C: Tensor) -> int:
 def scan_forward(
     operands: tuple[Tensor | None, ...], softplus: bool, chunk: int, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the scan; fill ``states`` with the state at the first row of each chunk unless it is empty.
+    """Run the scan; fill ``states`` with the state before each chunk unless it is empty.
 
     Args:
         operands: u, delta, A, B, C, D, z, delta_bias, initial_state, of one dtype (float32 or float64).
@@ -602,9 +562,8 @@ def scan_forward(
     """
     u, _, A, B, C = operands[:5]
     y, last = torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape[0], *A.shape)
-    p = _arrays(*operands)
     with numba_threads():
-        _forward(p, softplus, chunk, _groups(B, C), y.numpy(), last.numpy(), states.numpy())
+        _forward(_arrays(operands), softplus, chunk, _groups(B, C), y.numpy(), last.numpy(), states.numpy())
     return y, last
 
 
@@ -613,48 +572,33 @@ def scan_backward(
 ) -> list[Tensor]:
     """Return the gradients of all operands in their order; an empty tensor for an absent one.
 
-    Args:
-        operands: As for :func:`scan_forward`.
-        softplus: As for :func:`scan_forward`.
-        chunk: As for :func:`scan_forward`.
-        states: What the forward pass kept.
-        grad_y: ``(b, D, L)``.
-        grad_last: ``(b, D, N)``.
+    The first four arguments are those of :func:`scan_forward`, which filled ``states``; ``grad_y`` ``(b, D, L)`` and
+    ``grad_last`` ``(b, D, N)`` are the gradients of its results.
     """
-    u, _, A, B, C, D, z, delta_bias, initial_state = operands
+    u, _, A, B, C, _, z = operands[:7]
     batch, channels, length = u.shape
     groups = _groups(B, C)
     slots = min(-(-channels // groups // LANES), max(1, -(-WORK_ITEMS // (batch * groups))))
-
-    def variable(x: Tensor) -> Tensor:
-        return u.new_zeros(batch, groups, slots, A.shape[1], length) if x.ndim == 4 else u.new_empty(0, 0, 0, 0, 0)
-
-    def static(x: Tensor) -> Tensor:
-        return u.new_empty(batch, *A.shape) if x.ndim == 2 else u.new_empty(0, 0, 0)
-
-    def like(x: Tensor | None) -> Tensor:
-        return u.new_empty(0, 0, 0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    state_like = u.new_empty(batch, *A.shape)
-    found = (
-        like(u), like(u), state_like, variable(B), variable(C), static(B), static(C), u.new_empty(batch, channels),
-        like(z), u.new_empty(batch, channels), torch.empty_like(state_like),
-    )  # fmt: skip
-    p = _arrays(*operands)
-    arrays = _Gradients(*(x.numpy() for x in found))
+    rows, lanes = (batch, groups, slots, A.shape[1], length), (batch, *A.shape)
+    found = _Gradients(
+        u=u.new_empty(u.shape),
+        delta=u.new_empty(u.shape),
+        A=u.new_empty(lanes),
+        B=u.new_zeros(rows if B.ndim == 4 else (0,) * 5),
+        C=u.new_zeros(rows if C.ndim == 4 else (0,) * 5),
+        B_static=u.new_empty(lanes),
+        C_static=u.new_empty(lanes),
+        D=u.new_empty(batch, channels),
+        z=u.new_empty((0,) * 3 if z is None else u.shape),
+        bias=u.new_empty(batch, channels),
+        initial=u.new_empty(lanes),
+    )
     cotangents = grad_y.contiguous().numpy(), grad_last.contiguous().numpy()
+    arrays = _Gradients(*(x.numpy() for x in found))
     with numba_threads():
-        _backward(p, softplus, chunk, groups, slots, states.numpy(), *cotangents, arrays)
-    du, ddelta, dA, dB, dC, dB_static, dC_static, dD, dz, dbias, dinitial = found
-    grads = [
-        du,
-        ddelta,
-        dA.sum(0),
-        dB.sum(2) if B.ndim == 4 else dB_static.sum(0),
-        dC.sum(2) if C.ndim == 4 else dC_static.sum(0),
-        dD.sum(0),
-        dz,
-        dbias.sum(0),
-        dinitial,
-    ]
+        _backward(_arrays(operands), softplus, chunk, groups, slots, states.numpy(), *cotangents, arrays)
+    grad_b = found.B.sum(2) if B.ndim == 4 else found.B_static.sum(0)
+    grad_c = found.C.sum(2) if C.ndim == 4 else found.C_static.sum(0)
+    shared = [x.sum(0) for x in (found.A, found.D, found.bias)]
+    grads = [found.u, found.delta, shared[0], grad_b, grad_c, shared[1], found.z, shared[2], found.initial]
     return [u.new_empty(0) if x is None else g for g, x in zip(grads, operands, strict=True)]
