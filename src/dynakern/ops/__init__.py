@@ -8,6 +8,8 @@ from dynakern.ops.block_fft import block_fft, dft_matrix, three_pass_conv
 from dynakern.ops.dispatch import Backend, Choice, explain_backend
 from dynakern.ops.dtw import dtw
 from dynakern.ops.fft_conv import fft_conv
+from dynakern.ops.selective_scan import selective_scan
+from dynakern.ops.stl import stl
 
 __all__ = [
     "Backend",
@@ -17,5 +19,7 @@ __all__ = [
     "dtw",
     "explain_backend",
     "fft_conv",
+    "selective_scan",
+    "stl",
     "three_pass_conv",
 ]

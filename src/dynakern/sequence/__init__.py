@@ -2,10 +2,12 @@
 
 from dynakern.sequence.long_conv import H3Conv, LongConv, LongConvModel
 from dynakern.sequence.s4d import S4D, S4DModel
+from dynakern.sequence.tempo import TEMPO
 from dynakern.sequence.timesnet import InceptionConv2d, TimesBlock, TimesNet, dominant_periods
 
 __all__ = [
     "S4D",
+    "TEMPO",
     "H3Conv",
     "InceptionConv2d",
     "LongConv",

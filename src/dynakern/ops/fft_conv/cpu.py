@@ -30,7 +30,7 @@ __all__ = ["backward", "forward"]
 
 LANES = 16  # rows side by side: two AVX2 vectors or one of AVX-512 in float32
 BASE = 64  # points of the innermost transform, whose sizes are known to the compiler
-CHUNK = 64  # steps moved at a time between rows and lanes
+CHUNK = 256  # steps moved at a time between rows and lanes
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "cache": True}
 
 

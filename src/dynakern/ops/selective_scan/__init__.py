@@ -10,7 +10,6 @@ state; the last state with its gradient. Not implemented: complex A and packing 
 
 Example:
     >>> import torch
-    >>> from dynakern.ops import selective_scan
     >>> u, delta = torch.randn(2, 6, 50), torch.rand(2, 6, 50)
     >>> A, B, C = -torch.rand(6, 4), torch.randn(2, 4, 50), torch.randn(2, 4, 50)
     >>> y = selective_scan(u, delta, A, B, C)
@@ -35,8 +34,9 @@ from dynakern.ops.dispatch import Backend, refuse_double_backward, resolve_backe
 
 __all__ = ["selective_scan"]
 
-_CHUNK = 64  # steps between the states that the forward pass keeps for the backward pass
+_CHUNK = 64  # steps between two states that the forward pass keeps for the backward pass
 _MAX_STATE_GPU = 256  # a GPU program holds the states of its channels in registers
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def selective_scan(
@@ -56,7 +56,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Scan a sequence with a diagonal state-space model whose step size and maps change with the input.
 
-    With :math:`\Delta` = ``delta + delta_bias``, through a softplus if ``delta_softplus``, and g the group of channel d,
+    With :math:`\Delta` = ``delta + delta_bias``, through a softplus if ``delta_softplus``, and g the group of d,
 
     .. math::
         h_{dn}[l] &= e^{\Delta_d[l] A_{dn}} h_{dn}[l-1] + \Delta_d[l] B_{gn}[l] u_d[l], \\
@@ -95,9 +95,9 @@ def selective_scan(
         >>> y, h
         (tensor([[[1., 2., 3.]]]), tensor([[[3.]]]))
 
-    Source: Gu & Dao, 2023, arXiv:2312.00752, algorithm 2; ``selective_scan_ref`` of ``state-spaces/mamba``. As there, B is
-    discretised by :math:`\Delta B` (Euler), not by the zero-order hold of the paper's eq. 4. Differs from there: float64
-    stays float64, the last state has a gradient, and there is an initial state.
+    Source: Gu & Dao, 2023, arXiv:2312.00752, algorithm 2; ``selective_scan_ref`` of ``state-spaces/mamba``. As there,
+    B is discretised by :math:`\Delta B` (Euler), not by the zero-order hold of the paper's eq. 4. Differs from there:
+    float64 stays float64, the last state has a gradient, and there is an initial state.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -160,7 +160,7 @@ def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gpu_refusal(real: torch.dtype, states: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "Triton is not installed: pip install 'dynakern[gpu]'"
     if real == torch.float64:
         return "it computes in float32 and the input is float64"

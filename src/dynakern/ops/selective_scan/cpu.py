@@ -549,16 +549,13 @@ def _groups(B: Tensor, C: Tensor) -> int:
 def scan_forward(
     operands: tuple[Tensor | None, ...], softplus: bool, chunk: int, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the scan; fill ``states`` with the state before each chunk unless it is empty.
+    """Return ``y`` and the last state; fill ``states`` with the state before each chunk unless it is empty.
 
     Args:
         operands: u, delta, A, B, C, D, z, delta_bias, initial_state, of one dtype (float32 or float64).
         softplus: Whether the steps pass through a softplus.
         chunk: Steps of a tile.
         states: ``(b, chunks, N, D)``, or empty.
-
-    Returns:
-        ``y`` and the last state.
     """
     u, _, A, B, C = operands[:5]
     y, last = torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape[0], *A.shape)
@@ -593,10 +590,9 @@ def scan_backward(
         bias=u.new_empty(batch, channels),
         initial=u.new_empty(lanes),
     )
-    cotangents = grad_y.contiguous().numpy(), grad_last.contiguous().numpy()
-    arrays = _Gradients(*(x.numpy() for x in found))
+    arrays = grad_y.contiguous().numpy(), grad_last.contiguous().numpy(), _Gradients(*(x.numpy() for x in found))
     with numba_threads():
-        _backward(_arrays(operands), softplus, chunk, groups, slots, states.numpy(), *cotangents, arrays)
+        _backward(_arrays(operands), softplus, chunk, groups, slots, states.numpy(), *arrays)
     grad_b = found.B.sum(2) if B.ndim == 4 else found.B_static.sum(0)
     grad_c = found.C.sum(2) if C.ndim == 4 else found.C_static.sum(0)
     shared = [x.sum(0) for x in (found.A, found.D, found.bias)]

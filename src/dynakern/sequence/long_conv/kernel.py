@@ -163,11 +163,11 @@ class LongConvKernel(nn.Module):
         optim = {"weight_decay": 0.0} if lr is None else {"lr": lr, "weight_decay": 0.0}
         self.kernel._optim = optim  # pyright: ignore[reportAttributeAccessIssue]
         if not self.kernel.is_meta and self.alive() < 0.01:
+            size = float(self._smoothed().detach().square().mean().sqrt())
             raise ValueError(
                 f"Only {self.alive():.2%} of the taps survive `squash` = {squash:g} at the start, and dead taps never "
-                f"learn: the taps have a standard deviation of {float(self._smoothed().std()):.2g}"
-                + (f" after smoothing over {smooth}" if smooth else "")
-                + ". Lower `squash` or raise `init_std` (also before loading trained weights)."
+                f"learn: they are of size {size:.2g}{f' after smoothing over {smooth}' if smooth else ''}. Lower "
+                "`squash` or raise `init_std` (also before loading trained weights)."
             )
 
     def _smoothed(self) -> Tensor:
