@@ -11,7 +11,8 @@ SRC = Path(__file__).parent.parent / "src" / "dynakern"
 WINGS = ("similarity", "vision", "sequence", "dynamics", "adaptive", "serving", "rendering")
 # From top to bottom; a layer may import what is strictly below it. Names on one line are siblings.
 ORDER = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"compare", "claims"},
     {"tasks", "lens"},
     {"theory"},

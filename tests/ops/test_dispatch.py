@@ -53,7 +53,7 @@ def test_a_named_engine_runs_or_says_why():
 
 
 def test_explain_backend_runs_nothing():
-    u, k = torch.zeros(1, 4, 4096), torch.zeros(4, 4096)
+    u, k = torch.zeros(8, 32, 4096), torch.zeros(32, 4096)
     choice = explain_backend(fft_conv, u, k)
     assert (choice.operator, choice.engine) == ("fft_conv", "cpu")
     assert "cpu" in str(choice)

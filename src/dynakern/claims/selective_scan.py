@@ -3,7 +3,8 @@
 Claims of Gu & Dao, 2023, arXiv:2312.00752: (1) table 1, selection solves selective copying, which a system constant in
 time (S4) does not; (2) section 4.5 and figure 8, the fused scan is up to 40 times faster than a scan written in
 PyTorch; (3) section 3.3.2, it never holds the expanded states ``(b, D, L, N)``. The bounds are ours, for a laptop: a
-small copying task, and the CPU engine against the step-by-step reference.
+small copying task, and the CPU engine against the step-by-step reference. How well a system constant in time copies
+depends on its parameterisation; the second part reports the best that we found, beside the plain one of the first.
 """
 
 from __future__ import annotations
@@ -33,25 +34,39 @@ def _copying(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x.scatter(1, places, targets), targets
 
 
-class _Constant(nn.Module):
-    """A learned vector in the place of a linear map of the input."""
+class _ConstantMaps(nn.Module):
+    """Constant B and C, started as S4D's (ones and standard normal), and no input to the step but its bias."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, x_proj: nn.Linear, dt_rank: int) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.randn(features))
+        states = (x_proj.out_features - dt_rank) // 2
+        self.dt_rank = dt_rank
+        self.maps = nn.Parameter(torch.cat([torch.ones(states), torch.randn(states)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.value.expand(*x.shape[:-1], -1)
+        return nn.functional.pad(self.maps, (self.dt_rank, 0)).expand(*x.shape[:-1], -1)
 
 
-def _accuracy(*, selective: bool, seed: int, progress: Progress, done: float) -> float:
-    """Train two Mamba blocks to copy, with steps and maps from the input or constant in time; score fresh sequences."""
+class _ConstantInput(nn.Module):
+    """The selective maps, of a learned constant vector instead of the input."""
+
+    def __init__(self, x_proj: nn.Linear, dt_rank: int) -> None:
+        super().__init__()
+        self.x_proj = x_proj
+        self.vector = nn.Parameter(torch.ones(x_proj.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.x_proj(self.vector).expand(*x.shape[:-1], -1)
+
+
+def _accuracy(constant: type[nn.Module] | None, seed: int, progress: Progress, done: float, share: float) -> float:
+    """Train two Mamba blocks to copy, selective or with ``constant`` steps and maps; score fresh sequences."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     body = MambaStack(32, 2, d_state=16)
-    if not selective:
+    if constant is not None:
         for layer in body.layers:
-            layer.mixer.x_proj = _Constant(layer.mixer.x_proj.out_features)
+            layer.mixer.x_proj = constant(layer.mixer.x_proj, layer.mixer.dt_rank)
     model = nn.Sequential(nn.Embedding(_TOKENS + 2, 32), body, nn.Linear(32, _TOKENS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=_STEPS)
@@ -64,26 +79,36 @@ def _accuracy(*, selective: bool, seed: int, progress: Progress, done: float) ->
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            name = "selective" if selective else "constant in time"
-            progress(f"{name}, seed {seed}, loss {loss.item():.2f}", done + 0.25 * step / _STEPS)
+            name = "selective" if constant is None else "constant in time"
+            progress(f"{name}, seed {seed}, loss {loss.item():.2f}", done + share * step / _STEPS)
     x, targets = _copying(1000, generator)
     with torch.no_grad():
         return float((model(x)[:, -_COPIED:].argmax(-1) == targets).double().mean())
 
 
 def selectivity(progress: Progress) -> Iterator[Measurement]:
-    """Two blocks of width 32 learn selective copying if steps and maps depend on the input, and do not otherwise."""
-    constant = max(_accuracy(selective=False, seed=s, progress=progress, done=0.25 * s) for s in (0, 1))
+    """Two blocks of width 32 learn selective copying if steps and maps depend on the input; constant ones do worse."""
+    found: dict[str, float] = {}
+    for index, (name, constant) in enumerate((("constant", _ConstantMaps), ("selective", None))):
+        scores = [_accuracy(constant, seed, progress, 0.5 * index + 0.25 * seed, 0.25) for seed in (0, 1)]
+        found[name] = sum(scores) / 2
     yield Measurement(
-        name="tokens copied without selection, better of 2 seeds", value=constant, unit="accuracy", at_most=0.80
-    )
-    chosen = min(_accuracy(selective=True, seed=s, progress=progress, done=0.5 + 0.25 * s) for s in (0, 1))
-    yield Measurement(
-        name="tokens copied with selection, worse of 2 seeds",
-        value=chosen,
+        name="tokens copied with selection, mean of 2 seeds",
+        value=found["selective"],
         unit="accuracy",
         at_least=0.90,
-        baseline=constant,
+        baseline=found["constant"],
+    )
+    yield Measurement(
+        name="tokens copied with constant maps, mean of 2 seeds", value=found["constant"], unit="accuracy", at_most=0.80
+    )
+
+
+def stronger_baseline(progress: Progress) -> Iterator[Measurement]:
+    """Constant steps and maps that are parameterised as the selective ones do better, short of selection."""
+    scores = [_accuracy(_ConstantInput, seed, progress, 0.5 * seed, 0.5) for seed in (0, 1)]
+    yield Measurement(
+        name="tokens copied with maps of a constant input, mean of 2 seeds", value=sum(scores) / 2, unit="accuracy"
     )
 
 
@@ -141,4 +166,4 @@ def memory(progress: Progress) -> Iterator[Measurement]:
     yield Measurement(name="peak beyond the operands", value=peak, unit="MB", at_most=60, baseline=expanded)
 
 
-CLAIMS = (selectivity, speed, memory)
+CLAIMS = (selectivity, stronger_baseline, speed, memory)

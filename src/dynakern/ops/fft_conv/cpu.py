@@ -11,6 +11,9 @@ and no real-to-complex step is needed. The transform splits :math:`t^N - e^{i\th
 over a whole block, so all inner loops run along memory. Values come out in a permuted order that the inverse undoes.
 A tap at lag -i is :math:`t^{-i} = -t^{2N-i}`, and the conjugate spectrum belongs to the kernel reversed in time, which
 gives the gradients.
+
+The 16 rows lie in memory as blocks of 64 points: first the real parts of a block, 16 lanes a point, then the imaginary
+parts. Whatever happens within a block has distances that are constants, so the compiler needs no checks for overlap.
 """
 
 from __future__ import annotations
@@ -29,179 +32,233 @@ from dynakern.ops.fft_conv.reference import split_taps
 __all__ = ["backward", "forward"]
 
 LANES = 16  # rows side by side: two AVX2 vectors or one of AVX-512 in float32
-BASE = 64  # points of the innermost transform, whose sizes are known to the compiler
-CHUNK = 256  # steps moved at a time between rows and lanes
+POINTS = 64  # of a block: the innermost transform, whose sizes are known to the compiler
+BLOCK = POINTS * LANES  # numbers of a block's real part; its imaginary part follows
+PAIR = 2 * BLOCK
+RUN = 16 * POINTS  # steps that are written to a row at a time
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "cache": True}
 
 
 @njit(inline="always", **_OPTIONS)
-def _forward4(R, M, q, tw, k):
-    """Reduce 4 q numbers modulo t^4q - c^4 to 4 x q numbers modulo t^q - c i^m; R real, M imaginary parts."""
+def _forward4(x, run, q, tw, k):
+    """Reduce four pieces q apart modulo t^4m - c^4 to four modulo t^m - c i^j; imaginary parts lie BLOCK further."""
     c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
-    for t in range(q):
-        x1r, x1i = R[t + q] * c1r - M[t + q] * c1i, R[t + q] * c1i + M[t + q] * c1r
-        x2r, x2i = R[t + 2 * q] * c2r - M[t + 2 * q] * c2i, R[t + 2 * q] * c2i + M[t + 2 * q] * c2r
-        x3r, x3i = R[t + 3 * q] * c3r - M[t + 3 * q] * c3i, R[t + 3 * q] * c3i + M[t + 3 * q] * c3r
-        ar, ai, br, bi = R[t] + x2r, M[t] + x2i, R[t] - x2r, M[t] - x2i
+    for t in range(run):
+        m = t + BLOCK
+        x1r, x1i = x[t + q] * c1r - x[m + q] * c1i, x[t + q] * c1i + x[m + q] * c1r
+        x2r, x2i = x[t + 2 * q] * c2r - x[m + 2 * q] * c2i, x[t + 2 * q] * c2i + x[m + 2 * q] * c2r
+        x3r, x3i = x[t + 3 * q] * c3r - x[m + 3 * q] * c3i, x[t + 3 * q] * c3i + x[m + 3 * q] * c3r
+        ar, ai, br, bi = x[t] + x2r, x[m] + x2i, x[t] - x2r, x[m] - x2i
         cr, ci, dr, di = x1r + x3r, x1i + x3i, x1r - x3r, x1i - x3i
-        R[t], M[t] = ar + cr, ai + ci
-        R[t + q], M[t + q] = br - di, bi + dr
-        R[t + 2 * q], M[t + 2 * q] = ar - cr, ai - ci
-        R[t + 3 * q], M[t + 3 * q] = br + di, bi - dr
+        x[t], x[m] = ar + cr, ai + ci
+        x[t + q], x[m + q] = br - di, bi + dr
+        x[t + 2 * q], x[m + 2 * q] = ar - cr, ai - ci
+        x[t + 3 * q], x[m + 3 * q] = br + di, bi - dr
 
 
 @njit(inline="always", **_OPTIONS)
-def _inverse4(R, M, q, tw, k):
+def _inverse4(x, run, q, tw, k):
     """Undo :func:`_forward4`, up to the factor 4."""
     c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
-    for t in range(q):
-        ar, ai, br, bi = R[t] + R[t + 2 * q], M[t] + M[t + 2 * q], R[t] - R[t + 2 * q], M[t] - M[t + 2 * q]
-        cr, ci = R[t + q] + R[t + 3 * q], M[t + q] + M[t + 3 * q]
-        dr, di = R[t + q] - R[t + 3 * q], M[t + q] - M[t + 3 * q]
+    for t in range(run):
+        m = t + BLOCK
+        ar, ai, br, bi = x[t] + x[t + 2 * q], x[m] + x[m + 2 * q], x[t] - x[t + 2 * q], x[m] - x[m + 2 * q]
+        cr, ci = x[t + q] + x[t + 3 * q], x[m + q] + x[m + 3 * q]
+        dr, di = x[t + q] - x[t + 3 * q], x[m + q] - x[m + 3 * q]
         x1r, x1i, x2r, x2i, x3r, x3i = br + di, bi - dr, ar - cr, ai - ci, br - di, bi + dr
-        R[t], M[t] = ar + cr, ai + ci
-        R[t + q], M[t + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
-        R[t + 2 * q], M[t + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
-        R[t + 3 * q], M[t + 3 * q] = x3r * c3r + x3i * c3i, x3i * c3r - x3r * c3i
+        x[t], x[m] = ar + cr, ai + ci
+        x[t + q], x[m + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
+        x[t + 2 * q], x[m + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
+        x[t + 3 * q], x[m + 3 * q] = x3r * c3r + x3i * c3i, x3i * c3r - x3r * c3i
 
 
 @njit(inline="always", **_OPTIONS)
-def _forward3(R, M, q, tw, k):
-    c1r, c1i, c2r, c2i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3]
-    half, root = R.dtype.type(0.5), R.dtype.type(0.8660254037844386)  # -cos, sin of 2 pi / 3
+def _meet4(x, K, q, tw, k):
+    """Do :func:`_forward4`, multiply by K and undo it, in registers."""
+    c1r, c1i, c2r, c2i, c3r, c3i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3], tw[k, 4], tw[k, 5]
     for t in range(q):
-        x1r, x1i = R[t + q] * c1r - M[t + q] * c1i, R[t + q] * c1i + M[t + q] * c1r
-        x2r, x2i = R[t + 2 * q] * c2r - M[t + 2 * q] * c2i, R[t + 2 * q] * c2i + M[t + 2 * q] * c2r
+        m = t + BLOCK
+        x1r, x1i = x[t + q] * c1r - x[m + q] * c1i, x[t + q] * c1i + x[m + q] * c1r
+        x2r, x2i = x[t + 2 * q] * c2r - x[m + 2 * q] * c2i, x[t + 2 * q] * c2i + x[m + 2 * q] * c2r
+        x3r, x3i = x[t + 3 * q] * c3r - x[m + 3 * q] * c3i, x[t + 3 * q] * c3i + x[m + 3 * q] * c3r
+        ar, ai, br, bi = x[t] + x2r, x[m] + x2i, x[t] - x2r, x[m] - x2i
+        cr, ci, dr, di = x1r + x3r, x1i + x3i, x1r - x3r, x1i - x3i
+        y0r, y0i, y1r, y1i, y2r, y2i, y3r, y3i = ar + cr, ai + ci, br - di, bi + dr, ar - cr, ai - ci, br + di, bi - dr
+        z0r, z0i = y0r * K[t] - y0i * K[m], y0r * K[m] + y0i * K[t]
+        z1r, z1i = y1r * K[t + q] - y1i * K[m + q], y1r * K[m + q] + y1i * K[t + q]
+        z2r, z2i = y2r * K[t + 2 * q] - y2i * K[m + 2 * q], y2r * K[m + 2 * q] + y2i * K[t + 2 * q]
+        z3r, z3i = y3r * K[t + 3 * q] - y3i * K[m + 3 * q], y3r * K[m + 3 * q] + y3i * K[t + 3 * q]
+        ar, ai, br, bi = z0r + z2r, z0i + z2i, z0r - z2r, z0i - z2i
+        cr, ci, dr, di = z1r + z3r, z1i + z3i, z1r - z3r, z1i - z3i
+        x1r, x1i, x2r, x2i, x3r, x3i = br + di, bi - dr, ar - cr, ai - ci, br - di, bi + dr
+        x[t], x[m] = ar + cr, ai + ci
+        x[t + q], x[m + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
+        x[t + 2 * q], x[m + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
+        x[t + 3 * q], x[m + 3 * q] = x3r * c3r + x3i * c3i, x3i * c3r - x3r * c3i
+
+
+@njit(inline="always", **_OPTIONS)
+def _forward3(x, run, q, tw, k):
+    c1r, c1i, c2r, c2i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3]
+    half, root = x.dtype.type(0.5), x.dtype.type(0.8660254037844386)  # -cos, sin of 2 pi / 3
+    for t in range(run):
+        m = t + BLOCK
+        x1r, x1i = x[t + q] * c1r - x[m + q] * c1i, x[t + q] * c1i + x[m + q] * c1r
+        x2r, x2i = x[t + 2 * q] * c2r - x[m + 2 * q] * c2i, x[t + 2 * q] * c2i + x[m + 2 * q] * c2r
         sr, si, dr, di = x1r + x2r, x1i + x2i, root * (x1r - x2r), root * (x1i - x2i)
-        ar, ai = R[t] - half * sr, M[t] - half * si
-        R[t], M[t] = R[t] + sr, M[t] + si
-        R[t + q], M[t + q] = ar - di, ai + dr
-        R[t + 2 * q], M[t + 2 * q] = ar + di, ai - dr
+        ar, ai = x[t] - half * sr, x[m] - half * si
+        x[t], x[m] = x[t] + sr, x[m] + si
+        x[t + q], x[m + q] = ar - di, ai + dr
+        x[t + 2 * q], x[m + 2 * q] = ar + di, ai - dr
 
 
 @njit(inline="always", **_OPTIONS)
-def _inverse3(R, M, q, tw, k):
+def _inverse3(x, run, q, tw, k):
     c1r, c1i, c2r, c2i = tw[k, 0], tw[k, 1], tw[k, 2], tw[k, 3]
-    half, root = R.dtype.type(0.5), R.dtype.type(0.8660254037844386)
-    for t in range(q):
-        sr, si = R[t + q] + R[t + 2 * q], M[t + q] + M[t + 2 * q]
-        dr, di = root * (R[t + q] - R[t + 2 * q]), root * (M[t + q] - M[t + 2 * q])
-        ar, ai = R[t] - half * sr, M[t] - half * si
+    half, root = x.dtype.type(0.5), x.dtype.type(0.8660254037844386)
+    for t in range(run):
+        m = t + BLOCK
+        sr, si = x[t + q] + x[t + 2 * q], x[m + q] + x[m + 2 * q]
+        dr, di = root * (x[t + q] - x[t + 2 * q]), root * (x[m + q] - x[m + 2 * q])
+        ar, ai = x[t] - half * sr, x[m] - half * si
         x1r, x1i, x2r, x2i = ar + di, ai - dr, ar - di, ai + dr
-        R[t], M[t] = R[t] + sr, M[t] + si
-        R[t + q], M[t + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
-        R[t + 2 * q], M[t + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
+        x[t], x[m] = x[t] + sr, x[m] + si
+        x[t + q], x[m + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
+        x[t + 2 * q], x[m + 2 * q] = x2r * c2r + x2i * c2i, x2i * c2r - x2r * c2i
 
 
 @njit(inline="always", **_OPTIONS)
-def _forward2(R, M, q, tw, k):
+def _forward2(x, run, q, tw, k):
     c1r, c1i = tw[k, 0], tw[k, 1]
-    for t in range(q):
-        x0r, x0i = R[t], M[t]
-        x1r, x1i = R[t + q] * c1r - M[t + q] * c1i, R[t + q] * c1i + M[t + q] * c1r
-        R[t], M[t] = x0r + x1r, x0i + x1i
-        R[t + q], M[t + q] = x0r - x1r, x0i - x1i
+    for t in range(run):
+        m = t + BLOCK
+        x0r, x0i = x[t], x[m]
+        x1r, x1i = x[t + q] * c1r - x[m + q] * c1i, x[t + q] * c1i + x[m + q] * c1r
+        x[t], x[m] = x0r + x1r, x0i + x1i
+        x[t + q], x[m + q] = x0r - x1r, x0i - x1i
 
 
 @njit(inline="always", **_OPTIONS)
-def _inverse2(R, M, q, tw, k):
+def _inverse2(x, run, q, tw, k):
     c1r, c1i = tw[k, 0], tw[k, 1]
-    for t in range(q):
-        x1r, x1i = R[t] - R[t + q], M[t] - M[t + q]
-        R[t], M[t] = R[t] + R[t + q], M[t] + M[t + q]
-        R[t + q], M[t + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
+    for t in range(run):
+        m = t + BLOCK
+        x1r, x1i = x[t] - x[t + q], x[m] - x[m + q]
+        x[t], x[m] = x[t] + x[t + q], x[m] + x[m + q]
+        x[t + q], x[m + q] = x1r * c1r + x1i * c1i, x1i * c1r - x1r * c1i
 
 
 @njit(**_OPTIONS)
-def _stage_forward(R, M, radix, tw, k):
-    q = R.shape[0] // radix
-    if radix == 4:
-        _forward4(R, M, q, tw, k)
-    elif radix == 3:
-        _forward3(R, M, q, tw, k)
-    else:
-        _forward2(R, M, q, tw, k)
+def _stage_forward(x, radix, tw, k):
+    q = x.shape[0] // radix
+    for b in range(0, q, PAIR):
+        if radix == 4:
+            _forward4(x[b:], BLOCK, q, tw, k)
+        elif radix == 3:
+            _forward3(x[b:], BLOCK, q, tw, k)
+        else:
+            _forward2(x[b:], BLOCK, q, tw, k)
 
 
 @njit(**_OPTIONS)
-def _stage_inverse(R, M, radix, tw, k):
-    q = R.shape[0] // radix
-    if radix == 4:
-        _inverse4(R, M, q, tw, k)
-    elif radix == 3:
-        _inverse3(R, M, q, tw, k)
-    else:
-        _inverse2(R, M, q, tw, k)
-
-
-@njit(**_OPTIONS)
-def _descend(R, M, radices, starts, tw):
-    """Go from the whole to segments that fit the first-level cache."""
-    size, blocks = R.shape[0], 1
-    for s in range(len(radices) - 4):
-        for k in range(blocks):
-            a, b = k * size, (k + 1) * size
-            _stage_forward(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
-        size //= radices[s]
-        blocks *= radices[s]
-
-
-@njit(**_OPTIONS)
-def _ascend(R, M, radices, starts, tw):
-    """Undo :func:`_descend`."""
-    size = R.shape[0]
-    for s in range(len(radices) - 4):
-        size //= radices[s]
-    blocks = R.shape[0] // size
-    for s in range(len(radices) - 5, -1, -1):
-        size *= radices[s]
-        blocks //= radices[s]
-        for k in range(blocks):
-            a, b = k * size, (k + 1) * size
-            _stage_inverse(R[a:b], M[a:b], radices[s], tw, starts[s] + k)
-
-
-@njit(**_OPTIONS)
-def _segment_forward(R, M, radices, starts, tw, segment):
-    """Do the last four stages on one segment (three if there are no more); here lengths are constants."""
-    s, size = len(radices) - 3, BASE * LANES
-    blocks = R.shape[0] // size
-    if blocks > 1:
-        _stage_forward(R, M, radices[s - 1], tw, starts[s - 1] + segment)
-    for block in range(segment * blocks, (segment + 1) * blocks):
-        base = (block - segment * blocks) * size
-        r, m = R[base : base + size], M[base : base + size]
-        _forward4(r, m, 16 * LANES, tw, starts[s] + block)
-        for j in range(4):
-            a, b = 16 * j * LANES, 16 * (j + 1) * LANES
-            _forward4(r[a:b], m[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
-        for j in range(16):
-            a, b = 4 * j * LANES, 4 * (j + 1) * LANES
-            _forward4(r[a:b], m[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
-
-
-@njit(**_OPTIONS)
-def _segment_inverse(R, M, radices, starts, tw, segment):
-    """Undo :func:`_segment_forward`."""
-    s, size = len(radices) - 3, BASE * LANES
-    blocks = R.shape[0] // size
-    for block in range(segment * blocks, (segment + 1) * blocks):
-        base = (block - segment * blocks) * size
-        r, m = R[base : base + size], M[base : base + size]
-        for j in range(16):
-            a, b = 4 * j * LANES, 4 * (j + 1) * LANES
-            _inverse4(r[a:b], m[a:b], LANES, tw, starts[s + 2] + 16 * block + j)
-        for j in range(4):
-            a, b = 16 * j * LANES, 16 * (j + 1) * LANES
-            _inverse4(r[a:b], m[a:b], 4 * LANES, tw, starts[s + 1] + 4 * block + j)
-        _inverse4(r, m, 16 * LANES, tw, starts[s] + block)
-    if blocks > 1:
-        _stage_inverse(R, M, radices[s - 1], tw, starts[s - 1] + segment)
+def _stage_inverse(x, radix, tw, k):
+    q = x.shape[0] // radix
+    for b in range(0, q, PAIR):
+        if radix == 4:
+            _inverse4(x[b:], BLOCK, q, tw, k)
+        elif radix == 3:
+            _inverse3(x[b:], BLOCK, q, tw, k)
+        else:
+            _inverse2(x[b:], BLOCK, q, tw, k)
 
 
 @njit(**_OPTIONS)
 def _segment_size(radices):
-    return BASE * LANES * (radices[-4] if len(radices) > 3 else 1)
+    """Return the numbers that the stage before the blocks works on together; they fit the first-level cache."""
+    return PAIR * (radices[-4] if len(radices) > 3 else 1)
+
+
+@njit(**_OPTIONS)
+def _descend(x, radices, starts, tw):
+    """Go from the whole to segments."""
+    size, pieces = x.shape[0], 1
+    for s in range(len(radices) - 4):
+        for k in range(pieces):
+            _stage_forward(x[k * size : (k + 1) * size], radices[s], tw, starts[s] + k)
+        size //= radices[s]
+        pieces *= radices[s]
+
+
+@njit(**_OPTIONS)
+def _ascend(x, radices, starts, tw):
+    """Undo :func:`_descend`."""
+    size = _segment_size(radices)
+    pieces = x.shape[0] // size
+    for s in range(len(radices) - 5, -1, -1):
+        size *= radices[s]
+        pieces //= radices[s]
+        for k in range(pieces):
+            _stage_inverse(x[k * size : (k + 1) * size], radices[s], tw, starts[s] + k)
+
+
+@njit(**_OPTIONS)
+def _segment_forward(x, radices, starts, tw, segment):
+    """Do the stages of one segment but the last."""
+    s, blocks = len(radices) - 3, x.shape[0] // PAIR
+    if blocks > 1:
+        _stage_forward(x, radices[s - 1], tw, starts[s - 1] + segment)
+    for b in range(blocks):
+        block, y = segment * blocks + b, x[b * PAIR : (b + 1) * PAIR]
+        _forward4(y, 16 * LANES, 16 * LANES, tw, starts[s] + block)
+        for j in range(4):
+            _forward4(y[16 * j * LANES :], 4 * LANES, 4 * LANES, tw, starts[s + 1] + 4 * block + j)
+
+
+@njit(**_OPTIONS)
+def _segment_finish(x, starts, tw, segment):
+    """Do the last stage of one segment."""
+    blocks = x.shape[0] // PAIR
+    for b in range(blocks):
+        first, y = starts[-1] + 16 * (segment * blocks + b), x[b * PAIR : (b + 1) * PAIR]
+        for j in range(16):
+            _forward4(y[4 * j * LANES :], LANES, LANES, tw, first + j)
+
+
+@njit(**_OPTIONS)
+def _segment_product(x, K, starts, tw, segment):
+    """Do the last stage of one segment, multiply by K, and undo the stage."""
+    blocks = x.shape[0] // PAIR
+    for b in range(blocks):
+        first, y, z = (
+            starts[-1] + 16 * (segment * blocks + b),
+            x[b * PAIR : (b + 1) * PAIR],
+            K[b * PAIR : (b + 1) * PAIR],
+        )
+        for j in range(16):
+            _meet4(y[4 * j * LANES :], z[4 * j * LANES :], LANES, tw, first + j)
+
+
+@njit(**_OPTIONS)
+def _segment_start(x, starts, tw, segment):
+    """Undo :func:`_segment_finish`."""
+    blocks = x.shape[0] // PAIR
+    for b in range(blocks):
+        first, y = starts[-1] + 16 * (segment * blocks + b), x[b * PAIR : (b + 1) * PAIR]
+        for j in range(16):
+            _inverse4(y[4 * j * LANES :], LANES, LANES, tw, first + j)
+
+
+@njit(**_OPTIONS)
+def _segment_inverse(x, radices, starts, tw, segment):
+    """Undo :func:`_segment_forward`."""
+    s, blocks = len(radices) - 3, x.shape[0] // PAIR
+    for b in range(blocks):
+        block, y = segment * blocks + b, x[b * PAIR : (b + 1) * PAIR]
+        for j in range(4):
+            _inverse4(y[16 * j * LANES :], 4 * LANES, 4 * LANES, tw, starts[s + 1] + 4 * block + j)
+        _inverse4(y, 16 * LANES, 16 * LANES, tw, starts[s] + block)
+    if blocks > 1:
+        _stage_inverse(x, radices[s - 1], tw, starts[s - 1] + segment)
 
 
 @njit(inline="always", **_OPTIONS)
@@ -211,9 +268,9 @@ def _weave(out, a, b, c, d):
 
 
 @njit(**_OPTIONS)
-def _zero(R):
-    for t in range(R.shape[0]):
-        R[t] = 0
+def _zero(x):
+    for t in range(x.shape[0]):
+        x[t] = 0
 
 
 @njit(**_OPTIONS)
@@ -224,87 +281,98 @@ def _find_rows(first, count, H, C, c, rows):
 
 
 @njit(**_OPTIONS)
-def _load(x, L, rows, count, R, M):
-    """Lay L steps of ``count`` rows of x side by side in R, zeros in the rest of R and in M."""
-    if count == LANES:
-        s = np.empty((4, 4 * CHUNK), x.dtype)
-        for l in range(0, L, CHUNK):
-            n, e = min(L - l, CHUNK), min(L, l + CHUNK)
+def _load(x, L, rows, count, out):
+    """Lay L steps of ``count`` rows of x side by side in the real parts of out, zeros everywhere else."""
+    s = np.empty((4, 4 * POINTS), x.dtype)
+    for block in range(out.shape[0] // PAIR):
+        l, y = block * POINTS, out[block * PAIR : (block + 1) * PAIR]
+        n = max(0, min(L - l, POINTS))
+        e = l + n
+        if count == LANES and n > 0:
             for w in range(4):
                 _weave(s[w], x[rows[w], l:e], x[rows[w + 4], l:e], x[rows[w + 8], l:e], x[rows[w + 12], l:e])
-            _weave(R[LANES * l : LANES * e], s[0, : 4 * n], s[1, : 4 * n], s[2, : 4 * n], s[3, : 4 * n])
-        _zero(R[LANES * L :])
-    else:
-        _zero(R)
-        for w in range(count):
-            row = x[rows[w]]
-            for l in range(L):
-                R[LANES * l + w] = row[l]
-    _zero(M)
+            _weave(y, s[0, : 4 * n], s[1, : 4 * n], s[2, : 4 * n], s[3, : 4 * n])
+            _zero(y[n * LANES :])
+        else:
+            _zero(y)
+            for w in range(count):
+                row = x[rows[w]]
+                for t in range(n):
+                    y[t * LANES + w] = row[l + t]
 
 
 @njit(**_OPTIONS)
-def _store(R, y, L, rows, count):
-    """Write L steps of the first ``count`` lanes of R into rows of y."""
-    fours = count - count % 4
-    for w in range(0, fours, 4):
-        a, b, c, d = y[rows[w]], y[rows[w + 1]], y[rows[w + 2]], y[rows[w + 3]]
-        for l in range(L):
-            a[l], b[l], c[l], d[l] = R[LANES * l + w], R[LANES * l + w + 1], R[LANES * l + w + 2], R[LANES * l + w + 3]
-    for w in range(fours, count):
-        row = y[rows[w]]
-        for l in range(L):
-            row[l] = R[LANES * l + w]
+def _copy(x, out):
+    for t in range(x.shape[0]):
+        out[t] = x[t]
 
 
 @njit(**_OPTIONS)
-def _copy(R, out):
-    for t in range(R.shape[0]):
-        out[t] = R[t]
+def _store(x, y, L, rows, count):
+    """Write L steps of the real parts of the first ``count`` lanes of x into rows of y."""
+    s = np.empty(min(L, RUN) * LANES, x.dtype)
+    for begin in range(0, L, RUN):
+        end = min(L, begin + RUN)
+        for l in range(begin, end, POINTS):
+            n = min(end - l, POINTS) * LANES
+            _copy(x[l // POINTS * PAIR : l // POINTS * PAIR + n], s[(l - begin) * LANES : (l - begin) * LANES + n])
+        for w in range(0, count - count % 4, 4):
+            a, b, c, d = y[rows[w]], y[rows[w + 1]], y[rows[w + 2]], y[rows[w + 3]]
+            a, b, c, d = a[begin:end], b[begin:end], c[begin:end], d[begin:end]
+            for t in range(end - begin):
+                o = t * LANES + w
+                a[t], b[t], c[t], d[t] = s[o], s[o + 1], s[o + 2], s[o + 3]
+        for w in range(count - count % 4, count):
+            a = y[rows[w]]
+            for t in range(end - begin):
+                a[begin + t] = s[t * LANES + w]
 
 
 @njit(**_OPTIONS)
-def _multiply(R, M, Kr, Ki):
-    for t in range(R.shape[0]):
-        r, m = R[t], M[t]
-        R[t], M[t] = r * Kr[t] - m * Ki[t], r * Ki[t] + m * Kr[t]
+def _add_correlation(Y, K, out):
+    """Add Y conj(K) to out."""
+    for b in range(0, Y.shape[0], PAIR):
+        y, k, o = Y[b : b + PAIR], K[b : b + PAIR], out[b : b + PAIR]
+        for t in range(BLOCK):
+            m = t + BLOCK
+            o[t] += y[t] * k[t] + y[m] * k[m]
+            o[m] += y[m] * k[t] - y[t] * k[m]
 
 
-@njit(**_OPTIONS)
-def _add_correlation(Yr, Yi, Kr, Ki, R, M):
-    """Add Y conj(K) to R + i M."""
-    for t in range(R.shape[0]):
-        R[t] += Yr[t] * Kr[t] + Yi[t] * Ki[t]
-        M[t] += Yi[t] * Kr[t] - Yr[t] * Ki[t]
+@njit(inline="always", **_OPTIONS)
+def _imaginary(point):
+    """Return where the imaginary part of a point begins."""
+    return point // POINTS * PAIR + BLOCK + point % POINTS * LANES
 
 
 @njit(**_OPTIONS)
 def _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K):
-    """Fill K (C, 2, n) with the spectra, times ``scale``, of the kernels (C * width, T) of group g."""
-    T, n, size = k.shape[1], K.shape[2], _segment_size(radices)
+    """Fill K (C, numbers) with the spectra, times ``scale``, of the kernels (C * width, T) of group g."""
+    T, size, points = k.shape[1], _segment_size(radices), K.shape[1] // (2 * LANES)
     count = min(LANES, width - g * LANES)
     for c in range(K.shape[0]):
-        first, R, M = c * width + g * LANES, K[c, 0], K[c, 1]
-        _load(k, past, np.arange(first, first + LANES), count, R, M)
+        first, x = c * width + g * LANES, K[c]
+        _load(k, past, np.arange(first, first + LANES), count, x)
         for i in range(1, future + 1):
+            o = _imaginary(points - i)
             for w in range(count):
-                M[n - i * LANES + w] = -k[first + w, T - i]
-        _descend(R, M, radices, starts, tw)
-        for segment in range(n // size):
-            a, b = segment * size, (segment + 1) * size
-            _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
-        for t in range(n):
-            R[t], M[t] = scale * R[t], scale * M[t]
+                x[o + w] = -k[first + w, T - i]
+        _descend(x, radices, starts, tw)
+        for segment in range(x.shape[0] // size):
+            y = x[segment * size : (segment + 1) * size]
+            _segment_forward(y, radices, starts, tw, segment)
+            _segment_finish(y, starts, tw, segment)
+        for t in range(x.shape[0]):
+            x[t] *= scale
 
 
 @njit(**_OPTIONS)
-def _convolve(u, k, y, begin, end, parts, H, width, past, future, radices, starts, tw, scale, n):
+def _convolve(u, k, y, begin, end, parts, H, width, past, future, radices, starts, tw, scale, numbers):
     """Do tasks begin .. end - 1: one of ``parts`` parts of the batch for the features of one group each."""
     rows, L = u.shape
-    C = k.shape[0] // width
-    size, steps = _segment_size(radices), (rows + width - 1) // width
-    K, z, lanes = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.empty(LANES, np.int64)
-    R, M = z[C - 1, 0], z[C - 1, 1]  # the last channel's product takes the place of the signal's spectrum
+    C, size, steps = k.shape[0] // width, _segment_size(radices), (rows + width - 1) // width
+    K, z, lanes = np.empty((C, numbers), u.dtype), np.empty((C, numbers), u.dtype), np.empty(LANES, np.int64)
+    x = z[C - 1]  # the last channel's product takes the place of the signal's spectrum
     for task in range(begin, end):
         g, part = task // parts, task % parts
         _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
@@ -312,49 +380,49 @@ def _convolve(u, k, y, begin, end, parts, H, width, past, future, radices, start
             first = step * width + g * LANES
             count = min(LANES, width - g * LANES, rows - first)
             _find_rows(first, count, H, C // C, C - C, lanes)
-            _load(u, L, lanes, count, R, M)
-            _descend(R, M, radices, starts, tw)
-            for segment in range(n // size):
+            _load(u, L, lanes, count, x)
+            _descend(x, radices, starts, tw)
+            for segment in range(numbers // size):
                 a, b = segment * size, (segment + 1) * size
-                _segment_forward(R[a:b], M[a:b], radices, starts, tw, segment)
+                _segment_forward(x[a:b], radices, starts, tw, segment)
                 for c in range(C):
-                    Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
                     if c < C - 1:
-                        _copy(R[a:b], Yr)
-                        _copy(M[a:b], Yi)
-                    _multiply(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b])
-                    _segment_inverse(Yr, Yi, radices, starts, tw, segment)
+                        _copy(x[a:b], z[c, a:b])
+                    _segment_product(z[c, a:b], K[c, a:b], starts, tw, segment)
+                    _segment_inverse(z[c, a:b], radices, starts, tw, segment)
             for c in range(C):
-                _ascend(z[c, 0], z[c, 1], radices, starts, tw)
+                _ascend(z[c], radices, starts, tw)
                 _find_rows(first, count, H, C, c, lanes)
-                _store(z[c, 0], y, L, lanes, count)
+                _store(z[c], y, L, lanes, count)
 
 
 @njit(**_OPTIONS)
 def _store_kernel_gradients(dK, dk, g, width, past, future, radices, starts, tw, scale):
-    T, n, size = dk.shape[1], dK.shape[2], _segment_size(radices)
+    T, size, points = dk.shape[1], _segment_size(radices), dK.shape[1] // (2 * LANES)
     count = min(LANES, width - g * LANES)
     for c in range(dK.shape[0]):
-        first, R, M = c * width + g * LANES, dK[c, 0], dK[c, 1]
-        for t in range(n):
-            R[t], M[t] = scale * R[t], scale * M[t]
-        for segment in range(n // size):
-            a, b = segment * size, (segment + 1) * size
-            _segment_inverse(R[a:b], M[a:b], radices, starts, tw, segment)
-        _ascend(R, M, radices, starts, tw)
-        _store(R, dk, past, np.arange(first, first + LANES), count)
+        first, x = c * width + g * LANES, dK[c]
+        for segment in range(x.shape[0] // size):
+            y = x[segment * size : (segment + 1) * size]
+            _segment_start(y, starts, tw, segment)
+            _segment_inverse(y, radices, starts, tw, segment)
+        _ascend(x, radices, starts, tw)
+        for t in range(x.shape[0]):
+            x[t] *= scale
+        _store(x, dk, past, np.arange(first, first + LANES), count)
         for i in range(1, future + 1):
+            o = _imaginary(points - i)
             for w in range(count):
-                dk[first + w, T - i] = -M[n - i * LANES + w]
+                dk[first + w, T - i] = -x[o + w]
 
 
 @njit(**_OPTIONS)
-def _correlate(dy, u, k, du, dk, begin, end, H, width, past, future, radices, starts, tw, scale, n):
+def _correlate(dy, u, k, du, dk, begin, end, H, width, past, future, radices, starts, tw, scale, numbers):
     """Do the gradients for groups begin .. end - 1: over the batch in order, so that sums have one result."""
     rows, L = u.shape
     C, size = k.shape[0] // width, _segment_size(radices)
-    K, z, dK = np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype), np.empty((C, 2, n), u.dtype)
-    U, dU, lanes = np.empty((2, n), u.dtype), np.empty((2, size), u.dtype), np.empty(LANES, np.int64)
+    K, z, dK = np.empty((C, numbers), u.dtype), np.empty((C, numbers), u.dtype), np.empty((C, numbers), u.dtype)
+    x, dx, lanes = np.empty(numbers, u.dtype), np.empty(size, u.dtype), np.empty(LANES, np.int64)
     for g in range(begin, end):
         _transform_kernels(k, g, width, past, future, radices, starts, tw, scale, K)
         _zero(dK.reshape(-1))
@@ -362,38 +430,39 @@ def _correlate(dy, u, k, du, dk, begin, end, H, width, past, future, radices, st
             first = step * width + g * LANES
             count = min(LANES, width - g * LANES, rows - first)
             _find_rows(first, count, H, C // C, C - C, lanes)
-            _load(u, L, lanes, count, U[0], U[1])
-            _descend(U[0], U[1], radices, starts, tw)
+            _load(u, L, lanes, count, x)
+            _descend(x, radices, starts, tw)
             for c in range(C):
                 _find_rows(first, count, H, C, c, lanes)
-                _load(dy, L, lanes, count, z[c, 0], z[c, 1])
-                _descend(z[c, 0], z[c, 1], radices, starts, tw)
-            for segment in range(n // size):
+                _load(dy, L, lanes, count, z[c])
+                _descend(z[c], radices, starts, tw)
+            for segment in range(numbers // size):
                 a, b = segment * size, (segment + 1) * size
-                _segment_forward(U[0, a:b], U[1, a:b], radices, starts, tw, segment)
-                _zero(dU.reshape(-1))
+                _segment_forward(x[a:b], radices, starts, tw, segment)
+                _segment_finish(x[a:b], starts, tw, segment)
+                _zero(dx)
                 for c in range(C):
-                    Yr, Yi = z[c, 0, a:b], z[c, 1, a:b]
-                    _segment_forward(Yr, Yi, radices, starts, tw, segment)
-                    _add_correlation(Yr, Yi, U[0, a:b], U[1, a:b], dK[c, 0, a:b], dK[c, 1, a:b])
-                    _add_correlation(Yr, Yi, K[c, 0, a:b], K[c, 1, a:b], dU[0], dU[1])
-                _segment_inverse(dU[0], dU[1], radices, starts, tw, segment)
-                _copy(dU[0], U[0, a:b])
-                _copy(dU[1], U[1, a:b])
-            _ascend(U[0], U[1], radices, starts, tw)
+                    _segment_forward(z[c, a:b], radices, starts, tw, segment)
+                    _segment_finish(z[c, a:b], starts, tw, segment)
+                    _add_correlation(z[c, a:b], x[a:b], dK[c, a:b])
+                    _add_correlation(z[c, a:b], K[c, a:b], dx)
+                _segment_start(dx, starts, tw, segment)
+                _segment_inverse(dx, radices, starts, tw, segment)
+                _copy(dx, x[a:b])
+            _ascend(x, radices, starts, tw)
             _find_rows(first, count, H, C // C, C - C, lanes)
-            _store(U[0], du, L, lanes, count)
+            _store(x, du, L, lanes, count)
         _store_kernel_gradients(dK, dk, g, width, past, future, radices, starts, tw, scale)
 
 
 @lru_cache(maxsize=32)
 def _plan(length: int, dtype: torch.dtype) -> tuple:
-    """Return the radix and the first twiddle of each stage, the twiddles, 1 / N and N * LANES for N >= length."""
+    """Return each stage's radix and first twiddle, the twiddles, 1 / N, and the numbers of N >= length points."""
     points, threes, twos = min(
-        (BASE * 3**threes * 2**twos, threes, twos)
+        (POINTS * 3**threes * 2**twos, threes, twos)
         for threes in range(17)
         for twos in range(27)
-        if BASE * 3**threes * 2**twos >= length
+        if POINTS * 3**threes * 2**twos >= length
     )
     radices = [3] * threes + [2] * (twos % 2) + [4] * (twos // 2) + [4, 4, 4]
     angles, stages = np.array([np.pi / 2]), []
@@ -404,7 +473,7 @@ def _plan(length: int, dtype: torch.dtype) -> tuple:
     roots = np.concatenate(stages)
     real = np.float64 if dtype == torch.float64 else np.float32
     twiddles = np.stack([f(m * roots) for m in (1, 2, 3) for f in (np.cos, np.sin)], 1).astype(real)
-    return np.array(radices), starts, twiddles, real(1 / points), points * LANES
+    return np.array(radices), starts, twiddles, real(1 / points), 2 * points * LANES
 
 
 def _share_lanes(k: Tensor, batch: int) -> Tensor:

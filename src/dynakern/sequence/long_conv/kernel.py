@@ -30,7 +30,7 @@ def squash(k: Tensor, threshold: float) -> Tensor:
 
     Example:
         >>> squash(torch.tensor([-3.0, 0.5, 2.0]), 1.0)
-        tensor([-2., 0., 1.])
+        tensor([-2.,  0.,  1.])
 
     Source: Fu et al., 2023, arXiv:2302.06646, section 3.1.
     """

@@ -180,6 +180,8 @@ class S4DRecurrence:
 
     .. math:: x_k = \bar A x_{k-1} + \bar B u_k, \qquad y_k = 2\,\mathrm{Re}(C x_k) + D u_k
 
+    Inputs and outputs of a step are ``(B, H)``, the state is ``(B, H, N/2)``, complex.
+
     Args:
         layer: The layer, in eval mode for a meaningful result.
         rate: Factor of the step.
