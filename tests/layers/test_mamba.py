@@ -100,6 +100,15 @@ def test_keeps_the_state_space_in_single_precision():
     assert_same(y.double(), exact(x.double()), rtol=3e-2)  # the projections round too, not the scan alone
 
 
+def test_trains_under_autocast():
+    model, x = block(dtype=torch.float32), randn(2, 30, 6, dtype=torch.float32, requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    assert_same(y.float(), model(x), rtol=3e-2)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_loads_official_keys_and_stack_has_the_backbones():
     keys = {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
     keys |= {"A_log", "D", "out_proj.weight"}

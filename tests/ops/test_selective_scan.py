@@ -228,6 +228,12 @@ def test_result_does_not_depend_on_threads():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize(("b", "D", "N"), [(0, 4, 2), (2, 0, 2), (2, 4, 0)], ids=["no-batch", "no-channel", "no-state"])
+def test_empty_axes(b, D, N):
+    x = arguments(b, D, N, 5)
+    assert_same(both(x, "cpu"), both(x, "reference"))
+
+
 @pytest.mark.parametrize("leave_out", [(), NAMES[5:]], ids=["all", "least"])
 def test_opcheck(leave_out):
     x = arguments(2, 4, 2, 66, B="DN", G=2, leave_out=leave_out)

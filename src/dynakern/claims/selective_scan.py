@@ -10,6 +10,8 @@ depends on its parameterisation; the second part reports the best that we found,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from dynakern.claims.run import Measurement, Progress
 from dynakern.layers import MambaStack
 from dynakern.measure import peak_memory, time_interleaved
-from dynakern.ops import selective_scan
+from dynakern.ops import Backend, selective_scan
 
 __all__ = ["CLAIMS"]
 
@@ -65,8 +67,9 @@ def _accuracy(constant: type[nn.Module] | None, seed: int, progress: Progress, d
     generator = torch.Generator().manual_seed(seed)
     body = MambaStack(32, 2, d_state=16)
     if constant is not None:
-        for layer in body.layers:
-            layer.mixer.x_proj = constant(layer.mixer.x_proj, layer.mixer.dt_rank)
+        mixers: list[Any] = [layer.mixer for layer in body.layers]
+        for mixer in mixers:
+            mixer.x_proj = constant(mixer.x_proj, mixer.dt_rank)
     model = nn.Sequential(nn.Embedding(_TOKENS + 2, 32), body, nn.Linear(32, _TOKENS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=_STEPS)
@@ -112,7 +115,7 @@ def stronger_baseline(progress: Progress) -> Iterator[Measurement]:
     )
 
 
-def _operands(channels: int, states: int, length: int) -> dict[str, Tensor]:
+def _operands(channels: int, states: int, length: int) -> dict[str, Any]:
     """Return operands of one sequence as a Mamba block at its start would give them."""
     generator = torch.Generator().manual_seed(0)
 
@@ -134,8 +137,8 @@ def speed(progress: Progress) -> Iterator[Measurement]:
     """The fused CPU scan is at least 10 times faster than the step-by-step reference and agrees with it."""
     x = _operands(192, 16, 3136)
     progress("forward of (1, 192, 16, 3136)", 0.1)
-    engines = ("cpu", "reference")
-    runs = {e: lambda e=e: selective_scan(**x, delta_softplus=True, backend=e) for e in engines}
+    engines: tuple[Backend, ...] = ("cpu", "reference")
+    runs = {e: partial(selective_scan, **x, delta_softplus=True, backend=e) for e in engines}
     error = float((runs["cpu"]() - runs["reference"]()).abs().max())
     with torch.no_grad():
         times = time_interleaved(runs, repeats=7)
@@ -144,13 +147,13 @@ def speed(progress: Progress) -> Iterator[Measurement]:
     yield Measurement(name="largest difference from the reference", value=error, unit="", at_most=1e-4)
     progress("forward and backward", 0.5)
     leaves = {k: v.clone().requires_grad_() for k, v in x.items()}
-    both = {e: lambda e=e: _backward(leaves, e) for e in engines}
+    both = {e: partial(_backward, leaves, e) for e in engines}
     times = time_interleaved(both, repeats=5)
     ratio = times["reference"].median / times["cpu"].median
     yield Measurement(name="reference / fused, forward and backward", value=ratio, unit="x")
 
 
-def _backward(leaves: dict[str, Tensor], backend: str) -> None:
+def _backward(leaves: dict[str, Any], backend: Backend) -> None:
     y = selective_scan(**leaves, delta_softplus=True, backend=backend)
     torch.autograd.grad(y.sum(), list(leaves.values()))
 

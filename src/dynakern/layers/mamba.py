@@ -20,7 +20,7 @@ Example:
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,8 @@ class Mamba(nn.Module):
         init_step_bias(self.dt_proj.bias, dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor)
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, **wide).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner, **wide))
-        self.A_log._optim = self.D._optim = {"weight_decay": 0.0}  # as in the authors' training
+        for parameter in (self.A_log, self.D):  # as in the authors' training
+            parameter._optim = {"weight_decay": 0.0}  # pyright: ignore[reportAttributeAccessIssue]
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **factory)
 
     def extra_repr(self) -> str:
@@ -230,7 +231,7 @@ class MambaStack(nn.Module):
         **options: For :class:`Mamba`.
     """
 
-    def __init__(self, d_model: int, num_layers: int = 2, **options: object) -> None:
+    def __init__(self, d_model: int, num_layers: int = 2, **options: Any) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(_Residual(Mamba(d_model, **options), d_model) for _ in range(num_layers)))
         self.norm_f = nn.RMSNorm(d_model, eps=1e-5)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,8 @@ class SS2D(nn.Module):
             check_positive(name, value, integer=True)
         if d_conv > 1 and d_conv % 2 == 0:
             raise ValueError(f"`d_conv` must be odd or below 2, got {d_conv}.")
-        self.scans, suffixes = _parse(forward_type, channel_first)
+        scans, suffixes = _parse(forward_type, channel_first)
+        self.scans: Scans = scans
         self.d_model, self.d_state, self.channel_first = d_model, d_state, channel_first
         self.d_inner = int(ssm_ratio * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
@@ -213,7 +214,13 @@ class SS2D(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def _init_scans(
-        self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float, factory: dict
+        self,
+        dt_min: float,
+        dt_max: float,
+        dt_init: Literal["random", "constant"],
+        dt_scale: float,
+        dt_init_floor: float,
+        factory: dict[str, Any],
     ) -> None:
         K, D, N, R = 4, self.d_inner, self.d_state, self.dt_rank
         wide = dict(factory, dtype=torch.float64 if factory["dtype"] == torch.float64 else torch.float32)
@@ -224,7 +231,8 @@ class SS2D(nn.Module):
         init_step_bias(self.dt_projs_bias, dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor)
         self.A_logs = nn.Parameter(torch.arange(1, N + 1, **wide).log().repeat(K * D, 1))
         self.Ds = nn.Parameter(torch.ones(K * D, **wide))
-        self.A_logs._optim = self.Ds._optim = {"weight_decay": 0.0}  # as in the authors' training
+        for parameter in (self.A_logs, self.Ds):  # as in the authors' training
+            parameter._optim = {"weight_decay": 0.0}  # pyright: ignore[reportAttributeAccessIssue]
 
     def extra_repr(self) -> str:
         """Name the sizes and the layout."""
@@ -287,7 +295,7 @@ def _parse(forward_type: str, channel_first: bool) -> tuple[Scans, set[str]]:
     return _FORWARD_TYPES[base], set(suffixes)
 
 
-def _out_norm(suffixes: set[str], d_inner: int, channel_first: bool, factory: dict) -> nn.Module:
+def _out_norm(suffixes: set[str], d_inner: int, channel_first: bool, factory: dict[str, Any]) -> nn.Module:
     norm = _LayerNorm2d(d_inner, **factory) if channel_first else nn.LayerNorm(d_inner, **factory)
     if suffixes.isdisjoint(_NORMS):
         return norm

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,42 @@ __all__ = ["selective_scan"]
 _CHUNK = 64  # steps between two states that the forward pass keeps for the backward pass
 _MAX_STATE_GPU = 256  # a GPU program holds the states of its channels in registers
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: Literal[False] = False,
+    *,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    return_last_state: Literal[True],
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(
@@ -101,8 +137,9 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
-    operands = [None if x is None else x.to(real) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)]
-    operands[3], operands[4] = _same_groups(operands[3], operands[4])
+    B, C = _same_groups(B, C)
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    operands: list[Any] = [None if x is None else x.to(real) for x in given]
     engine = resolve_backend(
         "selective_scan",
         backend,
@@ -113,10 +150,10 @@ def selective_scan(
     if engine == "reference":
         from dynakern.ops.selective_scan.reference import scan_reference
 
-        y, last = scan_reference(*operands, delta_softplus)
+        y, last = scan_reference(*operands, delta_softplus=delta_softplus)
     else:
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-        y, last, _ = _scan(*operands, delta_softplus, keep)
+        y, last, _ = _scan(*operands, delta_softplus=delta_softplus, keep=keep)
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
 
@@ -248,7 +285,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     states, *operands = ctx.saved_tensors
-    found = _scan_backward(grad_y, grad_last, states, *operands, ctx.delta_softplus)
+    found = _scan_backward(grad_y, grad_last, states, *operands, delta_softplus=ctx.delta_softplus)
     grads = [
         g if needed and x is not None else None
         for g, x, needed in zip(found, operands, ctx.needs_input_grad, strict=False)

@@ -575,7 +575,7 @@ def scan_backward(
     u, _, A, B, C, _, z = operands[:7]
     batch, channels, length = u.shape
     groups = _groups(B, C)
-    slots = min(-(-channels // groups // LANES), max(1, -(-WORK_ITEMS // (batch * groups))))
+    slots = min(-(-channels // groups // LANES), -(-WORK_ITEMS // max(1, batch * groups)))
     rows, lanes = (batch, groups, slots, A.shape[1], length), (batch, *A.shape)
     found = _Gradients(
         u=u.new_empty(u.shape),
