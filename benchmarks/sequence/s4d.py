@@ -11,7 +11,7 @@ import torch
 from harness import Case, main
 
 from dynakern.sequence import S4D
-from dynakern.sequence.s4d import S4DKernel, vandermonde, vandermonde_naive
+from dynakern.sequence.s4d import S4DKernel, vandermonde_naive
 from dynakern.testing import assert_same
 
 H, N = 64, 64

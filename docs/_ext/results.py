@@ -43,8 +43,8 @@ def _missing(kind: str, slug: str, command: str) -> list[nodes.Node]:
 def _note(record: dict) -> nodes.paragraph:
     environment = record["environment"]
     text = (
-        f"Recorded {record['date']}: {environment['cpu']}, {environment['threads']} thread(s), GPU {environment['gpu']}, "
-        f"torch {environment['torch']}, Python {environment['python']}."
+        f"Recorded {record['date']}: {environment['cpu']}, {environment['threads']} thread(s), "
+        f"GPU {environment['gpu']}, torch {environment['torch']}, Python {environment['python']}."
     )
     return nodes.paragraph(text=text)
 

@@ -96,8 +96,8 @@ def autoregression(progress: Progress) -> Iterator[Measurement]:
     phi = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64)
     loop = ClosedLoop(1, 3, normalise=False).double()
     with torch.no_grad():
-        for vector, value in ((loop.a, torch.zeros(3)), (loop.b, torch.eye(3)[0]), (loop.c, phi), (loop.k, phi)):
-            vector.copy_(value)
+        for name, value in (("a", torch.zeros(3)), ("b", torch.eye(3)[0]), ("c", phi), ("k", phi)):
+            loop.get_parameter(name).copy_(value)
         u = torch.randn(1, 20, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         y, _ = loop(u, 100)
     values = u[0, :, 0].tolist()

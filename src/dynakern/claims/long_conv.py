@@ -38,7 +38,8 @@ def _kernel_error(seed: int, smooth: int | None) -> float:
     torch.manual_seed(seed)
     t = torch.arange(512.0)
     modes = ((60, 0.01, 0.3), (120, 0.023, 1.0), (30, 0.05, 2.0))
-    target = 0.1 * sum(torch.exp(-t / tau) * torch.cos(2 * math.pi * f * t + phase) for tau, f, phase in modes)
+    waves = [torch.exp(-t / tau) * torch.cos(2 * math.pi * f * t + phase) for tau, f, phase in modes]
+    target = 0.1 * torch.stack(waves).sum(0)
     u = torch.randn(4, 1, 512)
     y = fft_conv(u, target.unsqueeze(0))
     y = y + 0.5 * y.std() * torch.randn_like(y)

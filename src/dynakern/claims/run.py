@@ -1,8 +1,8 @@
 """Run a system's claim: measure, compare with the bound, and say whether it holds.
 
 A claim module ``dynakern.claims.<slug>`` has a docstring that states the claim and a tuple ``CLAIMS`` of functions.
-Each takes a ``progress`` callback (a text and a fraction) and yields :class:`Measurement` objects; verdicts are computed
-here.
+Each takes a ``progress`` callback (a text and a fraction) and yields :class:`Measurement` objects; verdicts are
+computed here.
 """
 
 from __future__ import annotations

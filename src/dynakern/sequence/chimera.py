@@ -146,8 +146,8 @@ def lti_kernel2d(
         check_shape(name, x, "D N", dims)
     corner = torch.zeros(*size, 1, 1, dtype=a1.dtype, device=a1.device)
     corner[0, 0] = 1
-    spread = [a.expand(*size, *a1.shape) for a in (a1, a2, a3, a4)]
-    h1, h2 = scan2d(*spread, corner * B1, corner * B2)
+    s1, s2, s3, s4 = (a.expand(*size, *a1.shape) for a in (a1, a2, a3, a4))
+    h1, h2 = scan2d(s1, s2, s3, s4, corner * B1, corner * B2)
     return (C1 * h1 + C2 * h2).sum(-1)
 
 
@@ -290,7 +290,7 @@ class ClosedLoop(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.randn(d_model, d_state) / math.sqrt(d_state)))
 
     def _vectors(self) -> list[Tensor]:
-        raw = [self.get_parameter(name) for name in "abck"]
+        raw: list[Tensor] = [self.get_parameter(name) for name in "abck"]
         if not self.normalise:
             return raw
         return [v / v.abs().sum(-1, keepdim=True).clamp_min(1e-12) for v in raw]
@@ -331,7 +331,7 @@ class ClosedLoop(nn.Module):
         check_positive("horizon", horizon, integer=True)
         _, b, c, k = self._vectors()
         a = self.companion()
-        start, read = (self.b, self.k) if self.official else (b, k)
+        start, read = (self.get_parameter("b"), self.get_parameter("k")) if self.official else (b, k)
         history = self._response(a, start, u.shape[1]).flip(-2)  # A^{n-1-i} b for i = 0 .. n - 1
         state = torch.einsum("bld,dln->bdn", u, history)
         states = self._response(a + torch.einsum("di,dj->dij", b, k), state, horizon)  # (B, D, H, N)
@@ -444,7 +444,7 @@ def chimera(**overrides: Any) -> Chimera:
     return Chimera(**{"horizon": 96 if task == "forecast" else 0, **overrides})
 
 
-_SMALL = {"d_model": 8, "d_state": 4, "num_layers": 1}
+_SMALL: dict[str, Any] = {"d_model": 8, "d_state": 4, "num_layers": 1}
 
 
 class _ForecastOnly(nn.Module):
