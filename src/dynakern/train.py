@@ -250,6 +250,8 @@ class _Run:
     ) -> History:
         if checkpoint is not None and checkpoint.is_file():
             self._restore(checkpoint)
+        if self.budget.seconds is not None:
+            self._warm_up(dataset, batch_size)
         deadline = math.inf if self.budget.seconds is None else self.budget.seconds - self.history.seconds
         start, epoch = time.perf_counter(), len(self.history.epochs)
         with _private_random_state():
@@ -269,6 +271,14 @@ class _Run:
             self.plain.load_state_dict(self.best)
         self.plain.eval()
         return self.history
+
+    def _warm_up(self, dataset: Dataset[Any], batch_size: int) -> None:
+        """Take one step without using its gradient, so that compilation does not count as training time."""
+        with _private_random_state():
+            batch = _to_device(next(iter(self._loader(dataset, batch_size, 0))), self.accelerator.device)
+            with self.accelerator.autocast():
+                self.accelerator.backward(self.loss(self.model, batch))
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _finished(self, epoch: int, patience: int | None, late: bool) -> bool:
         if self.budget.epochs is not None and epoch >= self.budget.epochs:

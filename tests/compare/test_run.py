@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -38,7 +39,7 @@ def write_csv(path, rows=420):
 
 
 def scores(comparison):
-    return {(row.competitor, row.seed): row.metrics["mse"] for row in comparison.store.jobs()}
+    return {(row.competitor, row.seed): row.metrics["mse"] for row in comparison.store.jobs() if row.metrics}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,25 @@ def test_refusals(tmp_path):
 def test_local_processes_give_the_same_rows(plain, tmp_path):
     parallel = run_comparison(small_task(), out=tmp_path, systems=[], seeds=2, budget=Budget(epochs=2), jobs=2)
     assert scores(parallel) == pytest.approx(scores(plain), rel=1e-9)
+
+
+class _Deadly(ForecastTask):
+    """A task one of whose competitors takes its whole process down."""
+
+    def run(self, name, **options):
+        if name == "gradient_boosting":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(name, **options)
+
+
+@pytest.mark.slow
+def test_a_dying_worker_fails_its_own_job_only(plain, tmp_path):
+    task = _Deadly(small_table(), context=48, horizon=12)
+    comparison = run_comparison(task, out=tmp_path, systems=[], seeds=1, budget=Budget(epochs=2), jobs=2)
+    failed = [s for s in comparison.summaries if s.errors]
+    assert [s.competitor for s in failed] == ["gradient_boosting"]
+    assert "The process of this job died" in failed[0].errors[0]
+    assert scores(comparison)["linear", 0] == pytest.approx(scores(plain)["linear", 0])
 
 
 @pytest.mark.slow

@@ -345,7 +345,7 @@ def test_gpu_kernels_match_reference(B, C, G, leave_out):
     x = arguments(2, 10, 3, 37, B=B, C=C, G=G, dtype=torch.float32, leave_out=leave_out)
     expected = both(x, "reference", delta_softplus=True)
     operands = tuple(x[k].detach().to(device) if k in x else None for k in NAMES)
-    states = torch.empty(2, 3, 3, 10, device=device)
+    states = torch.empty(2, 3, 10, 3, device=device)
     y, last = engine.scan_forward(operands, True, 16, states)
     outputs = selective_scan(**x, return_last_state=True, backend="reference", delta_softplus=True)
     cotangents = [randn(*o.shape, seed=i, dtype=o.dtype, requires_grad=False) for i, o in enumerate(outputs)]

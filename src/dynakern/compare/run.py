@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import joblib
 import numpy as np
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from dynakern.checks import check_positive, require, unknown_name
 from dynakern.compare.store import JobRow, Store
@@ -172,9 +174,28 @@ def _run_jobs(
         for name, seed in todo:
             yield _one_job(task, name, seed, budget, device, progress)
         return
-    with _backend(jobs, cluster):
-        parallel: Any = joblib.Parallel(n_jobs=-1 if cluster else jobs, return_as="generator_unordered")
-        yield from parallel(joblib.delayed(_one_job)(task, name, seed, budget, device, None) for name, seed in todo)
+    left = dict.fromkeys(todo)
+    try:
+        with _backend(jobs, cluster):
+            parallel: Any = joblib.Parallel(n_jobs=-1 if cluster else jobs, return_as="generator_unordered")
+            for result in parallel(joblib.delayed(_one_job)(task, *job, budget, device, None) for job in todo):
+                del left[result[:2]]
+                yield result
+    except TerminatedWorkerError:
+        # A worker died (out of memory, a crash), and nobody knows of which job: give each that is left its own process.
+        for job in left:
+            yield _isolated_job(task, *job, budget, device)
+
+
+def _isolated_job(
+    task: Task, name: str, seed: int, budget: Budget, device: str | None
+) -> tuple[str, int, Any, str | None]:
+    """Run one job in a process of its own; if that dies, the job has failed and nothing else has."""
+    with ProcessPoolExecutor(max_workers=1) as executor:
+        try:
+            return executor.submit(_one_job, task, name, seed, budget, device, None).result()
+        except TerminatedWorkerError as error:
+            return name, seed, None, f"The process of this job died: {str(error).splitlines()[0]}"
 
 
 @contextlib.contextmanager

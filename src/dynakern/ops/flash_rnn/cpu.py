@@ -1,8 +1,8 @@
 """The multi-head recurrent networks on the CPU: Numba kernels, forward and backward.
 
 A work item is one head and up to ROWS sequences of the batch. It walks through all steps, so that the head's recurrent
-matrix stays in the second-level cache and the states in the first. The recurrent product takes four rows and four
-inputs at a time: sixteen multiply-adds for each four loads of the matrix. The gates are evaluated by polynomials of
+matrix stays in the second-level cache and the states in the first. The recurrent product takes four rows and strips of
+64 columns of a packed matrix, whose sums stay in registers. The gates are evaluated by polynomials of
 2**r and one division, which vectorise where the library calls do not. The backward pass starts from the gates that the
 forward pass kept, and gathers a few steps before each product that adds to the gradient of the recurrent matrix;
 partial sums are added in a fixed order. Gradients that fade below 1e-30 (1e-290 in float64) are set to zero, since
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.core.extending import intrinsic, overload
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynakern.ops.dispatch import numba_threads
 from dynakern.ops.flash_rnn.reference import CELLS
@@ -32,8 +34,8 @@ WORK_ITEMS = 32  # that the backward pass aims at; more would only cost memory f
 _CODES = {"elman": 0, "lstm": 1, "gru": 2, "slstm": 3}
 ELMAN, LSTM, GRU = 0, 1, 2
 
-_LOG2E = 1.4426950408889634
 _f32 = np.float32
+_ONE, _TWO = _f32(1.0), _f32(2.0)  # in float64 arithmetic they widen
 
 # 2**r = 1 + r * q(r) on [-1/2, 1/2], best relative error: 2e-9 (single) and 3e-18 (double); exact at r = 0.
 _S0, _S1, _S2 = _f32(0.693147202855), _f32(0.240226479136), _f32(0.0555033247119)
@@ -41,14 +43,11 @@ _S3, _S4, _S5 = _f32(0.00961843735696), _f32(0.0013398874394), _f32(0.0001535336
 _D0, _D1, _D2, _D3 = 0.69314718055994532581, 0.2402265069591013126, 0.055504108664820083227, 0.0096181291075942
 _D4, _D5, _D6, _D7 = 0.0013333558146774620517, 0.0001540353045711209086, 1.5252733493127489347e-5, 1.32154352823e-6
 _D8, _D9, _D10 = 1.0178199571842137974e-7, 7.0737832485031332991e-9, 4.4347712982003767083e-10
+_LOG2E, _ROUND, _TOP = _f32(1.4426950408889634), _f32(1.5 * 2**23), _f32(127.0)
+_LOG2E64, _ROUND64, _TOP64 = 1.4426950408889634, 1.5 * 2.0**52, 1023.0
 # log(1 + w) = s * q(s**2), s = w / (2 + w), on [0, 1], relative error 4e-9.
 _L0, _L1, _L2 = _f32(2.00000000808), _f32(0.666663101449), _f32(0.400251143238)
 _L3, _L4 = _f32(0.279576657946), _f32(0.281915472234)
-_ONE, _TWO = _f32(1.0), _f32(2.0)
-_LOW, _HIGH, _ROUND = _f32(-127.0), _f32(128.0), _f32(1.5 * 2**23)
-_LOW64, _HIGH64, _ROUND64 = -1023.0, 1024.0, 1.5 * 2.0**52
-# Beyond this 2**x - 1 is 2**x, and -1 on the other side, to all digits; tanh is 1.
-_FAR, _FAR64 = _f32(40.0), 80.0
 
 
 class _Operands(NamedTuple):
@@ -89,81 +88,49 @@ def _scale(typing_context: Any, p: Any, shifted: Any) -> Any:
 def _disjoint(typing_context: Any) -> Any:
     """Promise that the arrays given to the calling function do not overlap, which lets its loops vectorise.
 
-    It is LLVM's ``noalias``, set on the data pointers, the fifth field of an array argument; without it the loops are
-    slower and compute the same.
+    It is LLVM's ``noalias``, set on the data pointers, the fifth field of an array argument. The function is also asked
+    to use vectors of 512 bits where the processor has them. Without either the loops are slower and compute the same.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         for argument in builder.function.args:
             if argument.name.startswith("arg.") and argument.name.endswith(".4"):
                 argument.add_attribute("noalias")
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add knows no such names
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
-def _exp2(x: float) -> float:
-    """Return ``2**x``, 0 below the normal range; vectorises, unlike the library call. NaN stays NaN."""
-    return 2.0**x
+def _split(x: float) -> tuple[float, float]:
+    """Return a power of two p and a small m with ``exp(x) = p (1 + m)``, within the normal range. NaN stays NaN."""
+    return 1.0, np.expm1(x)
 
 
-def _exp2_single(x):
-    x = _LOW if x < _LOW else x
-    x = _HIGH if x > _HIGH else x
+def _split_single(x):
+    x = _LOG2E * x
+    x = -_TOP if x < -_TOP else x
+    x = _TOP if x > _TOP else x
     shifted = x + _ROUND  # rounds to an integer
     r = x - (shifted - _ROUND)
     q = ((((_S5 * r + _S4) * r + _S3) * r + _S2) * r + _S1) * r + _S0
-    return _scale(q * r + _ONE, shifted)
+    return _scale(_ONE, shifted), q * r
 
 
-def _exp2_double(x):
-    x = _LOW64 if x < _LOW64 else x
-    x = _HIGH64 if x > _HIGH64 else x
+def _split_double(x):
+    x = _LOG2E64 * x
+    x = -_TOP64 if x < -_TOP64 else x
+    x = _TOP64 if x > _TOP64 else x
     shifted = x + _ROUND64
     r = x - (shifted - _ROUND64)
     q = ((((_D10 * r + _D9) * r + _D8) * r + _D7) * r + _D6) * r + _D5
     q = ((((q * r + _D4) * r + _D3) * r + _D2) * r + _D1) * r + _D0
-    return _scale(q * r + 1.0, shifted)
+    return _scale(1.0, shifted), q * r
 
 
-@overload(_exp2, jit_options={"fastmath": {"contract"}})  # "reassoc" would undo the rounding
-def _exp2_overload(x):
-    return _exp2_single if x == types.float32 else _exp2_double
-
-
-def _tanh(x: float) -> float:
-    """Return ``tanh(x)`` with a small relative error everywhere: e / (e + 2) with e = exp(2 x) - 1."""
-    return np.tanh(x)
-
-
-def _tanh_single(x):
-    y = _f32(2 * _LOG2E) * x
-    y = -_FAR if y < -_FAR else y
-    y = _FAR if y > _FAR else y
-    shifted = y + _ROUND
-    r = y - (shifted - _ROUND)
-    q = ((((_S5 * r + _S4) * r + _S3) * r + _S2) * r + _S1) * r + _S0
-    power = _scale(_ONE, shifted)
-    e = power * (q * r) + (power - _ONE)
-    return e / (e + _TWO)
-
-
-def _tanh_double(x):
-    y = (2 * _LOG2E) * x
-    y = -_FAR64 if y < -_FAR64 else y
-    y = _FAR64 if y > _FAR64 else y
-    shifted = y + _ROUND64
-    r = y - (shifted - _ROUND64)
-    q = ((((_D10 * r + _D9) * r + _D8) * r + _D7) * r + _D6) * r + _D5
-    q = ((((q * r + _D4) * r + _D3) * r + _D2) * r + _D1) * r + _D0
-    power = _scale(1.0, shifted)
-    e = power * (q * r) + (power - 1.0)
-    return e / (e + 2.0)
-
-
-@overload(_tanh, jit_options={"fastmath": {"contract"}})
-def _tanh_overload(x):
-    return _tanh_single if x == types.float32 else _tanh_double
+@overload(_split, jit_options={"fastmath": {"contract"}})  # "reassoc" would undo the rounding
+def _split_overload(x):
+    return _split_single if x == types.float32 else _split_double
 
 
 def _log1p(w: float) -> float:
@@ -186,46 +153,123 @@ _kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"
 
 
 @_kernel
+def _exp(x):
+    """Return ``exp(x)``, 0 below the normal range; vectorises, unlike the library call."""
+    p, m = _split(x)
+    return p * m + p
+
+
+@_kernel
+def _sigmoid(x):
+    return _ONE / (_ONE + _exp(-x))
+
+
+@_kernel
+def _tanh(x):
+    """Return ``tanh(x)`` with a small relative error everywhere: e / (e + 2) with e = exp(2 x) - 1."""
+    p, m = _split(_TWO * x)
+    e = p * m + (p - _ONE)
+    return e / (e + _TWO)
+
+
+@_kernel
 def _flush(x, tiny):
     """Return 0 for a number that is nearly subnormal, else the number."""
     return x * 0 if abs(x) < tiny else x
 
 
+def _tile(vectors: int) -> Any:
+    """Return a compiled product of ROWS rows with a strip of ``vectors`` vectors of 64 bytes.
+
+    The sums stay in registers through the whole inner dimension, which no loop over arrays that Numba compiles
+    achieves. In flat elements: ``out[out_at + i out_row + j] += sum_k x[x_at + i x_row + k x_step] w[w_at + k w_step + j]``.
+    """
+
+    @intrinsic
+    def tile(
+        typing_context: Any, x: Any, x_at: Any, x_row: Any, x_step: Any, w: Any, w_at: Any, w_step: Any, out: Any,
+        out_at: Any, out_row: Any, count: Any,
+    ) -> Any:  # fmt: skip
+        lanes, align = 512 // x.dtype.bitwidth, x.dtype.bitwidth // 8
+        integers = [types.intp] * 3
+        signature = types.void(x, *integers, w, *integers[:2], out, *integers)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, w, out = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 4, 7))
+            _, x_at, x_row, x_step, _, w_at, w_step, _, out_at, out_row, count = args
+            vector, zero = ir.VectorType(x.type.pointee, lanes), ir.Constant(ir.IntType(32), 0)
+            nothing, spread = (
+                ir.Constant(vector, ir.Undefined),
+                ir.Constant(ir.VectorType(zero.type, lanes), [0] * lanes),
+            )
+
+            def vector_at(base: Any, offset: Any, v: int) -> Any:
+                offset = builder.add(offset, ir.Constant(count.type, lanes * v))
+                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+            rows = [ir.Constant(count.type, r) for r in range(ROWS)]
+            targets = [
+                [vector_at(out, builder.add(out_at, builder.mul(out_row, r)), v) for v in range(vectors)] for r in rows
+            ]
+            sums = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in rows]
+            for r in range(ROWS):
+                for v in range(vectors):
+                    builder.store(builder.load(targets[r][v], align=align), sums[r][v])
+            starts = [builder.gep(x, [builder.add(x_at, builder.mul(x_row, r))]) for r in rows]
+            with cgutils.for_range(builder, count, intp=count.type) as loop:
+                w_k = builder.add(w_at, builder.mul(loop.index, w_step))
+                factors = [builder.load(vector_at(w, w_k, v), align=align) for v in range(vectors)]
+                for r in range(ROWS):
+                    number = builder.load(builder.gep(starts[r], [builder.mul(loop.index, x_step)]))
+                    number = builder.shuffle_vector(builder.insert_element(nothing, number, zero), nothing, spread)
+                    for v in range(vectors):
+                        product = builder.fmul(number, factors[v], flags=("contract",))
+                        total = builder.fadd(builder.load(sums[r][v]), product, flags=("contract",))
+                        builder.store(total, sums[r][v])
+            for r in range(ROWS):
+                for v in range(vectors):
+                    builder.store(builder.load(sums[r][v]), targets[r][v], align=align)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+_tile_1, _tile_2, _tile_4 = _tile(1), _tile(2), _tile(4)
+
+
 @_kernel
-def _product(x, w, out):
-    """Add ``x @ w`` to the first columns of ``out``: four rows and four inputs at a time."""
-    _disjoint()
-    rows, inner, columns = np.uint64(x.shape[0]), np.uint64(w.shape[0]), np.uint64(w.shape[1])
-    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-    tiled_rows, tiled_inner = rows - rows % four, inner - inner % four
-    for i in range(np.uint64(0), tiled_rows, four):
-        for k in range(np.uint64(0), tiled_inner, four):
-            a0, a1, a2, a3 = x[i, k], x[i, k + one], x[i, k + two], x[i, k + three]
-            b0, b1, b2, b3 = x[i + one, k], x[i + one, k + one], x[i + one, k + two], x[i + one, k + three]
-            c0, c1, c2, c3 = x[i + two, k], x[i + two, k + one], x[i + two, k + two], x[i + two, k + three]
-            d0, d1, d2, d3 = x[i + three, k], x[i + three, k + one], x[i + three, k + two], x[i + three, k + three]
-            for j in range(columns):
-                w0, w1, w2, w3 = w[k, j], w[k + one, j], w[k + two, j], w[k + three, j]
-                a = out[i, j] + a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
-                b = out[i + one, j] + b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
-                c = out[i + two, j] + c0 * w0 + c1 * w1 + c2 * w2 + c3 * w3
-                d = out[i + three, j] + d0 * w0 + d1 * w1 + d2 * w2 + d3 * w3
-                out[i, j], out[i + one, j], out[i + two, j], out[i + three, j] = a, b, c, d
-        for k in range(tiled_inner, inner):
-            a0, b0, c0, d0 = x[i, k], x[i + one, k], x[i + two, k], x[i + three, k]
-            for j in range(columns):
-                a, b = out[i, j] + a0 * w[k, j], out[i + one, j] + b0 * w[k, j]
-                c, d = out[i + two, j] + c0 * w[k, j], out[i + three, j] + d0 * w[k, j]
-                out[i, j], out[i + one, j], out[i + two, j], out[i + three, j] = a, b, c, d
-    for i in range(tiled_rows, rows):
-        for k in range(np.uint64(0), tiled_inner, four):
-            a0, a1, a2, a3 = x[i, k], x[i, k + one], x[i, k + two], x[i, k + three]
-            for j in range(columns):
-                out[i, j] = out[i, j] + a0 * w[k, j] + a1 * w[k + one, j] + a2 * w[k + two, j] + a3 * w[k + three, j]
-        for k in range(tiled_inner, inner):
-            a0 = x[i, k]
-            for j in range(columns):
-                out[i, j] = out[i, j] + a0 * w[k, j]
+def _strip(x, x_at, x_row, x_step, w, w_at, w_step, out, out_at, out_row, inner, width):
+    """Multiply ROWS rows with a strip of at most four vectors; see :func:`_tile`."""
+    lanes, j = 64 // out.itemsize, 0
+    if width == 4 * lanes:
+        _tile_4(x, x_at, x_row, x_step, w, w_at, w_step, out, out_at, out_row, inner)
+    else:
+        if width >= 2 * lanes:
+            _tile_2(x, x_at, x_row, x_step, w, w_at, w_step, out, out_at, out_row, inner)
+            j = 2 * lanes
+        if j < width:
+            _tile_1(x, x_at, x_row, x_step, w, w_at + j, w_step, out, out_at + j, out_row, inner)
+
+
+@_kernel
+def _product(x, x_at, x_row, w, inner, columns, out):
+    """Add the product of ROWS rows of ``x`` with a packed matrix to the first columns of ``out``."""
+    most = 256 // out.itemsize
+    for j in range(0, columns, most):
+        width = min(most, columns - j)
+        _strip(x, x_at, x_row, 1, w, j * inner, width, out, j, out.shape[1], inner, width)
+
+
+@_kernel
+def _outer(x, w, inner, out):
+    """Add ``x[:inner].T @ w[:inner]`` to ``out``, ROWS rows of it at a time."""
+    columns, most = out.shape[1], 256 // out.itemsize
+    for i in range(0, out.shape[0], ROWS):
+        for j in range(0, columns, most):
+            width = min(most, columns - j)
+            _strip(x, i, 1, x.shape[1], w, j, columns, out, i * columns + j, columns, inner, width)
 
 
 @_kernel
@@ -275,10 +319,8 @@ def _elman(a, h):
 def _lstm(a_i, a_f, a_z, a_o, h, c, g_i, g_f, g_z, g_o):
     """Step one row; leave the activated gates in ``g``."""
     _disjoint()
-    one, rate = h.dtype.type(1), h.dtype.type(-_LOG2E)
     for j in range(h.shape[0]):
-        i, f = one / (one + _exp2(rate * a_i[j])), one / (one + _exp2(rate * a_f[j]))
-        z, o = _tanh(a_z[j]), one / (one + _exp2(rate * a_o[j]))
+        i, f, z, o = _sigmoid(a_i[j]), _sigmoid(a_f[j]), _tanh(a_z[j]), _sigmoid(a_o[j])
         after = f * c[j] + i * z
         c[j], h[j] = after, o * _tanh(after)
         g_i[j], g_f[j], g_z[j], g_o[j] = i, f, z, o
@@ -288,11 +330,10 @@ def _lstm(a_i, a_f, a_z, a_o, h, c, g_i, g_f, g_z, g_o):
 def _gru(a_g, a_r, a_z, a_n, h, g_g, g_r, g_z, g_n):
     """Step one row; leave g and the activated gates r, z and candidate in ``g``."""
     _disjoint()
-    one, rate = h.dtype.type(1), h.dtype.type(-_LOG2E)
     for j in range(h.shape[0]):
-        r, z = one / (one + _exp2(rate * a_r[j])), one / (one + _exp2(rate * a_z[j]))
+        r, z = _sigmoid(a_r[j]), _sigmoid(a_z[j])
         n = _tanh(a_n[j] + r * a_g[j])
-        h[j] = z * h[j] + (one - z) * n
+        h[j] = z * h[j] + (_ONE - z) * n
         g_g[j], g_r[j], g_z[j], g_n[j] = a_g[j], r, z, n
 
 
@@ -300,16 +341,15 @@ def _gru(a_g, a_r, a_z, a_n, h, g_g, g_r, g_z, g_n):
 def _slstm(a_i, a_f, a_z, a_o, h, c, n, m, g_i, g_f, g_z, g_o):
     """Step one row; leave the raw i and f and the activated z and o in ``g``."""
     _disjoint()
-    real = h.dtype.type
-    zero, one, rate = real(0), real(1), real(_LOG2E)
+    zero = h.dtype.type(0)
     for j in range(h.shape[0]):
         i, f = a_i[j], a_f[j]
-        log_f = (zero if f > zero else f) - _log1p(_exp2(-rate * abs(f))) + m[j]
+        log_f = (zero if f > zero else f) - _log1p(_exp(-abs(f))) + m[j]
         top = i if (n[j] == zero or i > log_f) else log_f
-        scaled_i, scaled_f = _exp2(rate * (i - top)), _exp2(rate * (log_f - top))
-        z, o = _tanh(a_z[j]), one / (one + _exp2(-rate * a_o[j]))
+        scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
+        z, o = _tanh(a_z[j]), _sigmoid(a_o[j])
         cell, norm = scaled_f * c[j] + scaled_i * z, scaled_f * n[j] + scaled_i
-        norm = one if norm < one else norm
+        norm = h.dtype.type(1) if norm < _ONE else norm
         c[j], n[j], m[j], h[j] = cell, norm, top, o * cell / norm
         g_i[j], g_f[j], g_z[j], g_o[j] = i, f, z, o
 
@@ -318,7 +358,7 @@ def _slstm(a_i, a_f, a_z, a_o, h, c, n, m, g_i, g_f, g_z, g_o):
 def _step(code, a, s, g, r):
     """Step row r of a work item: pre-activations ``a``, states ``s``, gates ``g``."""
     D, x = s.shape[2], a[r]
-    x0, x1, x2, x3, h = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D :], s[0, r]
+    x0, x1, x2, x3, h = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D : 4 * D], s[0, r]
     g0, g1, g2, g3 = g[0, r], g[1, r], g[2, r], g[3, r]
     if code == ELMAN:
         _elman(x0, h)
@@ -335,7 +375,8 @@ def _forward_block(code, Wx, w, b, initial, n, first, rows, hidden, cells, last,
     """Run one head on ``rows`` sequences."""
     steps, inputs, D = Wx.shape[1], Wx.shape[2], Wx.shape[4]
     count, states = b.shape[0], initial.shape[0]
-    s, a = np.empty((states, rows, D), Wx.dtype), np.empty((rows, count * D), Wx.dtype)
+    columns = w.shape[0] // D
+    s, a = np.zeros((states, ROWS, D), Wx.dtype), np.zeros((ROWS, max(columns, count * D)), Wx.dtype)
     g = np.empty((4, rows, D), Wx.dtype)
     for k in range(states):
         for r in range(rows):
@@ -346,7 +387,7 @@ def _forward_block(code, Wx, w, b, initial, n, first, rows, hidden, cells, last,
                 _copy(b[k, n], a[r, k * D : (k + 1) * D])
             for k in range(count - inputs, count):
                 _add(b[k, n], Wx[first + r, t, k - count + inputs, n], a[r, k * D : (k + 1) * D])
-        _product(s[0], w, a)
+        _product(s, 0, D, w, D, columns, a)
         for r in range(rows):
             _step(code, a, s, g, r)
             _copy(s[0, r], hidden[first + r, t, n])
@@ -412,13 +453,13 @@ def _slstm_back(
     """``c0, n0, m0`` are the states before the step, ``c, n, m`` those after it."""
     _disjoint()
     real = dh.dtype.type
-    zero, half, one, rate = real(0), real(0.5), real(1), real(_LOG2E)
+    zero, half, one = real(0), real(0.5), real(1)
     tiny = real(1e-30 if dh.itemsize == 4 else 1e-290)
     for j in range(dh.shape[0]):
         i, f, z, o, top = g_i[j], g_f[j], g_z[j], g_o[j], m[j]
-        small = _exp2(-rate * abs(f))
+        small = _exp(-abs(f))
         log_f = (zero if f > zero else f) - _log1p(small) + m0[j]
-        scaled_i, scaled_f = _exp2(rate * (i - top)), _exp2(rate * (log_f - top))
+        scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
         ratio = c[j] / n[j]
         cell, norm = dc[j] + dh[j] * o / n[j], dn[j] - dh[j] * o * ratio / n[j]
         raw = scaled_f * n0[j] + scaled_i
@@ -437,7 +478,7 @@ def _slstm_back(
 def _step_back(code, g, before, after, ds, da, r):
     """Take row r back over one step: states ``before``, ``after`` it, gradients of states ``ds`` and gates ``da``."""
     D, x = ds.shape[2], da[r]
-    x0, x1, x2, x3, dh = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D :], ds[0, r]
+    x0, x1, x2, x3, dh = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D : 4 * D], ds[0, r]
     g0, g1, g2, g3 = g[0, r], g[1, r], g[2, r], g[3, r]
     if code == ELMAN:
         _elman_back(after[0, r], dh, x0)
@@ -483,11 +524,11 @@ def _load_gradients(p, n, first, t, g, ds):
 def _backward_block(p, d, code, w, follow, clip, n, first, rows, d_R, d_b):
     """Take one head back over ``rows`` sequences and add to the gradients of its matrix and biases."""
     steps, inputs, D = d.Wx.shape[1], d.Wx.shape[2], d.Wx.shape[4]
-    states, dtype, count, height = p.initial.shape[0], d.Wx.dtype, d_b.shape[0] // D, d_R.shape[0]
+    states, dtype, count, height = p.initial.shape[0], d.Wx.dtype, d_b.shape[0] // D, w.shape[0] // d_R.shape[1]
     ds, g = np.empty((states, rows, D), dtype), np.empty((4, rows, D), dtype)
     before, after = np.empty((states, rows, D), dtype), np.empty((states, rows, D), dtype)
-    recurrent = np.empty((rows, D), dtype)
-    d_gates, inner = np.empty((CHUNK * rows, count * D), dtype), np.empty((CHUNK * rows, D), dtype)
+    recurrent, inner = np.zeros((ROWS, d_R.shape[1]), dtype), np.zeros((CHUNK * ROWS, d_R.shape[1]), dtype)
+    d_gates = np.zeros((CHUNK * ROWS, max(d_R.shape[0], count * D)), dtype)
     for k in range(states):
         for r in range(rows):
             _copy(p.d_last[k, first + r, n], ds[k, r])
@@ -496,21 +537,21 @@ def _backward_block(p, d, code, w, follow, clip, n, first, rows, d_R, d_b):
     for t in range(steps - 1, -1, -1):
         _load_states(p, n, first, t - 1, before)
         _load_gradients(p, n, first, t, g, ds)
-        da = d_gates[filled : filled + rows]
+        da = d_gates[filled : filled + ROWS]
         for r in range(rows):
             _step_back(code, g, before, after, ds, da, r)
-            _copy(before[0, r], inner[filled + r])
-            _accumulate(da[r], d_b)
+            _copy(before[0, r], inner[filled + r, :D])
+            _accumulate(da[r, : count * D], d_b)
             for k in range(inputs):
                 _copy(da[r, (k + count - inputs) * D : (k + count - inputs + 1) * D], d.Wx[first + r, t, k, n])
         if follow:
             recurrent[:] = 0
-            _product(da[:, :height], w, recurrent)
+            _product(d_gates, filled * d_gates.shape[1], d_gates.shape[1], w, height, recurrent.shape[1], recurrent)
             for r in range(rows):
-                _carry(recurrent[r], clip, ds[0, r])
-        filled += rows
-        if t == 0 or filled == CHUNK * rows:
-            _product(d_gates[:filled, :height].T, inner[:filled], d_R)
+                _carry(recurrent[r, :D], clip, ds[0, r])
+        filled += ROWS
+        if t == 0 or filled == CHUNK * ROWS:
+            _outer(d_gates, inner, filled, d_R)
             filled = 0
         before, after = after, before
     for k in range(states):
@@ -527,6 +568,18 @@ def _backward(p, d, code, w, follow, clip):
         for block in range(blocks * slot // slots, blocks * (slot + 1) // slots):
             first, rows = block * ROWS, min(ROWS, batch - block * ROWS)
             _backward_block(p, d, code, w[n], follow, clip, n, first, rows, d.R[n, slot], d.b[n, slot])
+
+
+def _padded(size: int, x: Tensor) -> int:
+    """Return ``size`` rounded up to whole vectors of 64 bytes."""
+    lanes = 64 // x.element_size()
+    return -(-size // lanes) * lanes
+
+
+def _packed(w: Tensor) -> Tensor:
+    """Lay matrices ``(NH, K, N)`` out in strips of four vectors, ``(NH, K N)``, their columns padded with zeros."""
+    w = F.pad(w.detach(), (0, _padded(w.shape[2], w) - w.shape[2]))
+    return torch.cat([strip.flatten(1) for strip in w.split(256 // w.element_size(), dim=2)], 1)
 
 
 def forward(
@@ -548,7 +601,7 @@ def forward(
         The states after the last step, ``(S, B, NH, D)``.
     """
     last = torch.empty_like(initial, memory_format=torch.contiguous_format)
-    packed = R.permute(1, 3, 0, 2).flatten(2).contiguous()  # (NH, Din, Gr Dout)
+    packed = _packed(R.permute(1, 3, 0, 2).flatten(2))  # (NH, Din, Gr Dout)
     arrays = [x.detach().contiguous().numpy() for x in (Wx, packed, b, initial)]
     with numba_threads():
         _forward(_CODES[function], *arrays, hidden.numpy(), cells.numpy(), last.numpy(), gates.numpy())
@@ -581,7 +634,7 @@ def backward(
     """
     cell, (batch, steps, heads, D) = CELLS[function], hidden.shape
     slots = max(1, min(-(-batch // ROWS), -(-WORK_ITEMS // heads)))
-    packed = R.transpose(0, 1).flatten(1, 2).contiguous()  # (NH, Gr Dout, Din)
+    packed = _packed(R.transpose(0, 1).flatten(1, 2))  # (NH, Gr Dout, Din)
     d_hidden, d_cells, d_last = grads
     d_hidden = hidden.new_empty(0, 0, 0, 0) if d_hidden is None else d_hidden
     d_cells = hidden.new_empty(0, 0, 0, 0, 0) if d_cells is None else d_cells
@@ -589,10 +642,11 @@ def backward(
     operands = (initial, hidden, cells, gates, d_hidden, d_cells, d_last)
     p = _Operands(*(x.detach().contiguous().numpy() for x in operands))
     d_Wx, d_initial = hidden.new_empty(batch, steps, cell.inputs, heads, D), hidden.new_empty(initial.shape)
-    d_R = hidden.new_zeros(heads, slots, cell.recurrent * D, D)
+    height = cell.recurrent * D
+    d_R = hidden.new_zeros(heads, slots, -(-height // ROWS) * ROWS, _padded(D, hidden))
     d_b = hidden.new_zeros(heads, slots, cell.gates * D)
     found = _Gradients(d_Wx.numpy(), d_R.numpy(), d_b.numpy(), d_initial.numpy())
     with numba_threads():
-        _backward(p, found, _CODES[function], packed.detach().numpy(), follow, p.hidden.dtype.type(clip))
-    d_R = d_R.sum(1).unflatten(1, (cell.recurrent, D)).transpose(0, 1).contiguous()
+        _backward(p, found, _CODES[function], packed.numpy(), follow, p.hidden.dtype.type(clip))
+    d_R = d_R.sum(1)[:, :height, :D].unflatten(1, (cell.recurrent, D)).transpose(0, 1).contiguous()
     return d_Wx, d_R, d_b.sum(1).unflatten(1, (cell.gates, D)).transpose(0, 1).contiguous(), d_initial

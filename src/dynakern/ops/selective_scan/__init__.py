@@ -216,7 +216,7 @@ def _engine(u: Tensor) -> Any:
 
 def _no_states(u: Tensor, A: Tensor, keep: bool) -> Tensor:
     chunks = (u.shape[2] + _CHUNK - 1) // _CHUNK
-    return u.new_empty((u.shape[0], chunks, A.shape[1], A.shape[0]) if keep else (0, 0, 0, 0))
+    return u.new_empty((u.shape[0], chunks, *A.shape) if keep else (0, 0, 0, 0))
 
 
 @torch.library.custom_op("dynakern::selective_scan", mutates_args=())

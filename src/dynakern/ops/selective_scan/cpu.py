@@ -6,10 +6,9 @@ inner loop whatever the number of states, and it stays in the nearest caches whi
 The backward pass starts each tile from the state that the forward pass kept at its first row, recomputes the others,
 and walks the tile backwards. Sums over channels and sequences run in a fixed order, whatever the number of threads.
 
-Names: a *tile* is ``(steps, LANES)``, *lanes* are ``(N, LANES)``, *rows* are ``(N, steps)``; ``first`` is a block's
-first channel and ``lanes`` how many channels it has, ``start`` a tile's first step. Loops run over the stored width of
-a tile: LLVM would unroll a constant width before it could vectorise the loop. No slice is assigned: that takes Numba
-seconds to compile.
+Names: a *tile* is ``(steps, LANES)``, *lanes* are ``(N, LANES)``, *rows* are ``(N, steps)``; ``first``, ``lanes`` are
+the first channel of a block and their number, ``start`` the first step of a tile. Loops run over the stored width of a
+tile: LLVM would unroll a constant one instead of vectorising it. No slice is assigned: that takes seconds to compile.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -30,6 +30,7 @@ __all__ = ["scan_backward", "scan_forward"]
 
 LANES = 32  # channels of a block
 WORK_ITEMS = 64  # that the backward pass aims at; more would only cost memory for partial sums
+ONE_THREAD = 1 << 20  # states times steps, under half a millisecond, below which one thread does all
 
 _LOG2E = 1.4426950408889634
 _f32 = np.float32
@@ -226,13 +227,6 @@ def _lane_of(parameter, first, lanes):
 
 
 @_kernel
-def _copy(source, source_first, target, target_first, lanes):
-    for n in range(source.shape[0]):
-        for j in range(lanes):
-            target[n, target_first + j] = source[n, source_first + j]
-
-
-@_kernel
 def _clear(tile):
     for t in range(tile.shape[0]):
         for j in range(tile.shape[1]):
@@ -414,7 +408,7 @@ def _forward_block(p, softplus, chunk, i, first, lanes, group, y, last, states):
     for start in range(0, length, chunk):
         steps = min(chunk, length - start)
         if states.size:
-            _copy(h, 0, states[i, start // chunk], first, lanes)
+            _store_lanes(h, first, lanes, states[i, start // chunk])
         _load(p.delta[i], first, lanes, start, steps, raw)
         _load(p.u[i], first, lanes, start, steps, inputs)
         _load_rows(p.B, i, group, start, steps, b)
@@ -473,8 +467,8 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
     rate, decay = _lanes_of(p.A, first, lanes, 1.0), _lanes_of(p.A, first, lanes, _LOG2E)
     b_lanes, c_lanes = _lanes_of(p.B_static, first, lanes, 1.0), _lanes_of(p.C_static, first, lanes, 1.0)
     skip, bias = _lane_of(p.D, first, lanes), _lane_of(p.bias, first, lanes)
-    entry, carry = _zeros(N, dtype), _lanes_of(grad_last[i], first, lanes, 1.0)
-    grad_rate, grad_b_lanes, grad_c_lanes = _zeros(N, dtype), _zeros(N, dtype), _zeros(N, dtype)
+    carry, grad_rate = _lanes_of(grad_last[i], first, lanes, 1.0), _zeros(N, dtype)
+    grad_b_lanes, grad_c_lanes = _zeros(N, dtype), _zeros(N, dtype)
     grad_skip, grad_bias = _zeros(1, dtype), _zeros(1, dtype)
     b, c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
     grad_b, grad_c = np.ones((N, chunk), dtype), np.ones((N, chunk), dtype)
@@ -496,7 +490,7 @@ def _backward_block(p, softplus, chunk, states, grad_y, grad_last, i, first, lan
             _scaled(inputs, 0, skip, steps, total)
         _clear(grad_x)
         _clear(grad_dt)
-        _copy(states[i, start // chunk], first, entry, 0, lanes)
+        entry = _lanes_of(states[i, start // chunk], first, lanes, 1.0)
         _backward_tile(
             dt, x, g, decay, rate, b, c, b_lanes, c_lanes, entry, gated, steps, a, h, spare, carry, total, sums
         )  # fmt: skip
@@ -542,6 +536,13 @@ def _arrays(operands: tuple[Tensor | None, ...]) -> _Arrays:
     )
 
 
+def _run(kernel: Any, operands: tuple[Tensor | None, ...], *arguments: Any) -> None:
+    with numba_threads():
+        if operands[0].numel() * operands[2].shape[1] < ONE_THREAD:
+            numba.set_num_threads(1)  # numba_threads puts the old number back
+        kernel(_arrays(operands), *arguments)
+
+
 def _groups(B: Tensor, C: Tensor) -> int:
     return max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
 
@@ -555,12 +556,11 @@ def scan_forward(
         operands: u, delta, A, B, C, D, z, delta_bias, initial_state, of one dtype (float32 or float64).
         softplus: Whether the steps pass through a softplus.
         chunk: Steps of a tile.
-        states: ``(b, chunks, N, D)``, or empty.
+        states: ``(b, chunks, D, N)``, or empty.
     """
     u, _, A, B, C = operands[:5]
     y, last = torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape[0], *A.shape)
-    with numba_threads():
-        _forward(_arrays(operands), softplus, chunk, _groups(B, C), y.numpy(), last.numpy(), states.numpy())
+    _run(_forward, operands, softplus, chunk, _groups(B, C), y.numpy(), last.numpy(), states.numpy())
     return y, last
 
 
@@ -591,8 +591,7 @@ def scan_backward(
         initial=u.new_empty(lanes),
     )
     arrays = grad_y.contiguous().numpy(), grad_last.contiguous().numpy(), _Gradients(*(x.numpy() for x in found))
-    with numba_threads():
-        _backward(_arrays(operands), softplus, chunk, groups, slots, states.numpy(), *arrays)
+    _run(_backward, operands, softplus, chunk, groups, slots, states.numpy(), *arrays)
     grad_b = found.B.sum(2) if B.ndim == 4 else found.B_static.sum(0)
     grad_c = found.C.sum(2) if C.ndim == 4 else found.C_static.sum(0)
     shared = [x.sum(0) for x in (found.A, found.D, found.bias)]

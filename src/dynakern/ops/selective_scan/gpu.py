@@ -76,8 +76,7 @@ def _forward_kernel(
     for l in range(0, L):
         if KEEP:  # noqa: SIM102 - known at compile time, unlike the test of l
             if l % chunk == 0:
-                entry = states + (i * chunks + l // chunk) * N * channels + n[None, :] * channels + d[:, None]
-                tl.store(entry, h, mask=ok)
+                tl.store(states + (i * chunks + l // chunk) * channels * N + dn, h, mask=ok)
         at, row = (i * L + l) * channels + d, ((i * groups + group) * L + l) * N
         _, dt = _step_size(delta, shift, at, ok_d, SOFTPLUS)
         u_l = tl.load(u + at, mask=ok_d, other=0.0)
@@ -120,8 +119,7 @@ def _backward_kernel(
     for turn in range(0, chunks):
         start = (chunks - 1 - turn) * chunk
         steps = tl.minimum(chunk, L - start)
-        entry = states + (i * chunks + start // chunk) * N * channels + n[None, :] * channels + d[:, None]
-        h = tl.load(entry, mask=ok, other=0.0)
+        h = tl.load(states + (i * chunks + start // chunk) * channels * N + dn, mask=ok, other=0.0)
         tl.debug_barrier()
         for t in range(0, steps):
             tl.store(scratch + t * BLOCK_D * BLOCK_N, h)
@@ -215,7 +213,7 @@ def scan_forward(
         operands: u, delta, A, B, C, D, z, delta_bias, initial_state, all float32.
         softplus: Whether the steps pass through a softplus.
         chunk: Steps between two kept states.
-        states: ``(b, chunks, N, D)``, or empty.
+        states: ``(b, chunks, D, N)``, or empty.
     """
     laid, sizes, constants = _prepare(operands)
     u, A = laid[0], laid[2]
