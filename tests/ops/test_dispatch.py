@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import numba
 import pytest
@@ -75,6 +78,19 @@ def test_counting_flops_ignores_size():
     seen = []
     count_flops(lambda: seen.append(pick(small=True)))
     assert seen == ["cpu"]
+
+
+def test_numba_leaves_torch_threads_alone():
+    code = """
+import torch
+torch.set_num_threads(1)
+from dynakern.ops import dtw
+x = torch.randn(3, 8, 1)
+dtw(x, x)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
 def test_numba_threads_follow_torch():

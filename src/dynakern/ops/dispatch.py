@@ -185,8 +185,12 @@ def numba_threads() -> Iterator[None]:
     from numba.core import config
 
     with _numba_lock:
+        # Numba's OpenMP layer shares its library with PyTorch and sets PyTorch's number of threads when it starts.
+        threads = torch.get_num_threads()
         before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))  # pyright: ignore
+        numba.set_num_threads(max(1, min(threads, config.NUMBA_NUM_THREADS)))  # pyright: ignore
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         try:
             yield
         finally:

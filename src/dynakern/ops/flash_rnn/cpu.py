@@ -94,7 +94,7 @@ def _disjoint(typing_context: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         for argument in builder.function.args:
-            if argument.name.startswith("arg.") and argument.name.endswith(".4"):
+            if isinstance(argument.type, ir.PointerType) and argument.name.endswith(".4"):
                 argument.add_attribute("noalias")
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add knows no such names
         return context.get_dummy_value()
@@ -182,7 +182,8 @@ def _tile(vectors: int) -> Any:
     """Return a compiled product of ROWS rows with a strip of ``vectors`` vectors of 64 bytes.
 
     The sums stay in registers through the whole inner dimension, which no loop over arrays that Numba compiles
-    achieves. In flat elements: ``out[out_at + i out_row + j] += sum_k x[x_at + i x_row + k x_step] w[w_at + k w_step + j]``.
+    achieves. In flat elements, ``out[out_at + i out_row + j] += x[x_at + i x_row + k x_step] w[w_at + k w_step + j]``
+    summed over k < count.
     """
 
     @intrinsic
@@ -273,133 +274,140 @@ def _outer(x, w, inner, out):
 
 
 @_kernel
-def _add(x, y, out):
+def _load(Wx, b, n, first, t, rows, a):
+    """Write the biases and inputs of a step into ``a``."""
     _disjoint()
-    for j in range(out.shape[0]):
-        out[j] = x[j] + y[j]
+    n, first, t = np.uint64(n), np.uint64(first), np.uint64(t)  # an unsigned index needs no test for a negative one
+    count, D = np.uint64(b.shape[0]), np.uint64(b.shape[2])
+    skipped = count - np.uint64(Wx.shape[2])
+    for r in range(np.uint64(rows)):
+        for k in range(skipped):
+            for j in range(D):
+                a[r, k * D + j] = b[k, n, j]
+        for k in range(skipped, count):
+            for j in range(D):
+                a[r, k * D + j] = b[k, n, j] + Wx[first + r, t, k - skipped, n, j]
 
 
 @_kernel
-def _copy(x, out):
+def _load_states(initial, hidden, cells, n, first, t, rows, s):
+    """Write the states after step t (before the first step for t = -1) into ``s``."""
     _disjoint()
-    for j in range(out.shape[0]):
-        out[j] = x[j]
+    start, step, n, first = t < 0, np.uint64(max(t, 0)), np.uint64(n), np.uint64(first)
+    for k in range(np.uint64(s.shape[0])):
+        for r in range(np.uint64(rows)):
+            if start:
+                for j in range(s.shape[2]):
+                    s[k, r, j] = initial[k, first + r, n, j]
+            elif k == 0:
+                for j in range(s.shape[2]):
+                    s[k, r, j] = hidden[first + r, step, n, j]
+            else:
+                for j in range(s.shape[2]):
+                    s[k, r, j] = cells[k - np.uint64(1), first + r, step, n, j]
 
 
 @_kernel
-def _accumulate(x, out):
+def _store_states(s, n, first, t, rows, hidden, cells):
+    """Store the states after step t; those other than h unless ``cells`` is empty."""
     _disjoint()
-    for j in range(out.shape[0]):
-        out[j] += x[j]
+    n, first, t = np.uint64(n), np.uint64(first), np.uint64(t)
+    for r in range(np.uint64(rows)):
+        for j in range(s.shape[2]):
+            hidden[first + r, t, n, j] = s[0, r, j]
+        for k in range(np.uint64(cells.shape[0] if cells.size else 0)):
+            for j in range(s.shape[2]):
+                cells[k, first + r, t, n, j] = s[k + np.uint64(1), r, j]
 
 
 @_kernel
-def _carry(x, bound, out):
-    """Add ``x`` to ``out``, its elements clipped to ``bound`` if that is positive."""
+def _store_gates(g, n, first, t, rows, gates):
     _disjoint()
-    tiny = out.dtype.type(1e-30 if out.itemsize == 4 else 1e-290)
-    if bound > 0:
-        for j in range(out.shape[0]):
-            v = x[j]
-            v = -bound if v < -bound else v
-            out[j] = _flush(out[j] + (bound if v > bound else v), tiny)
-    else:
-        for j in range(out.shape[0]):
-            out[j] = _flush(out[j] + x[j], tiny)
+    n, first, t = np.uint64(n), np.uint64(first), np.uint64(t)
+    for r in range(np.uint64(rows)):
+        for k in range(np.uint64(4)):
+            for j in range(g.shape[2]):
+                gates[first + r, t, k, n, j] = g[k, r, j]
 
 
 @_kernel
 def _elman(a, h):
     _disjoint()
-    for j in range(h.shape[0]):
-        h[j] = _tanh(a[j])
+    for r in range(h.shape[0]):
+        for j in range(h.shape[1]):
+            h[r, j] = _tanh(a[r, j])
 
 
 @_kernel
-def _lstm(a_i, a_f, a_z, a_o, h, c, g_i, g_f, g_z, g_o):
-    """Step one row; leave the activated gates in ``g``."""
+def _lstm(a, h, c, g_i, g_f, g_z, g_o):
+    """Step all rows; leave the activated gates in ``g``."""
     _disjoint()
-    for j in range(h.shape[0]):
-        i, f, z, o = _sigmoid(a_i[j]), _sigmoid(a_f[j]), _tanh(a_z[j]), _sigmoid(a_o[j])
-        after = f * c[j] + i * z
-        c[j], h[j] = after, o * _tanh(after)
-        g_i[j], g_f[j], g_z[j], g_o[j] = i, f, z, o
+    D = np.uint64(h.shape[1])
+    for r in range(h.shape[0]):
+        for j in range(D):
+            i, f = _sigmoid(a[r, j]), _sigmoid(a[r, D + j])
+            z, o = _tanh(a[r, D + D + j]), _sigmoid(a[r, D + D + D + j])
+            after = f * c[r, j] + i * z
+            c[r, j], h[r, j] = after, o * _tanh(after)
+            g_i[r, j], g_f[r, j], g_z[r, j], g_o[r, j] = i, f, z, o
 
 
 @_kernel
-def _gru(a_g, a_r, a_z, a_n, h, g_g, g_r, g_z, g_n):
-    """Step one row; leave g and the activated gates r, z and candidate in ``g``."""
+def _gru(a, h, g_g, g_r, g_z, g_n):
+    """Step all rows; leave g and the activated gates r, z and candidate in ``g``."""
     _disjoint()
-    for j in range(h.shape[0]):
-        r, z = _sigmoid(a_r[j]), _sigmoid(a_z[j])
-        n = _tanh(a_n[j] + r * a_g[j])
-        h[j] = z * h[j] + (_ONE - z) * n
-        g_g[j], g_r[j], g_z[j], g_n[j] = a_g[j], r, z, n
+    D = np.uint64(h.shape[1])
+    for row in range(h.shape[0]):
+        for j in range(D):
+            g, r, z = a[row, j], _sigmoid(a[row, D + j]), _sigmoid(a[row, D + D + j])
+            n = _tanh(a[row, D + D + D + j] + r * g)
+            h[row, j] = z * h[row, j] + (_ONE - z) * n
+            g_g[row, j], g_r[row, j], g_z[row, j], g_n[row, j] = g, r, z, n
 
 
 @_kernel
-def _slstm(a_i, a_f, a_z, a_o, h, c, n, m, g_i, g_f, g_z, g_o):
-    """Step one row; leave the raw i and f and the activated z and o in ``g``."""
+def _slstm(a, h, c, n, m, g_i, g_f, g_z, g_o):
+    """Step all rows; leave the raw i and f and the activated z and o in ``g``."""
     _disjoint()
-    zero = h.dtype.type(0)
-    for j in range(h.shape[0]):
-        i, f = a_i[j], a_f[j]
-        log_f = (zero if f > zero else f) - _log1p(_exp(-abs(f))) + m[j]
-        top = i if (n[j] == zero or i > log_f) else log_f
-        scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
-        z, o = _tanh(a_z[j]), _sigmoid(a_o[j])
-        cell, norm = scaled_f * c[j] + scaled_i * z, scaled_f * n[j] + scaled_i
-        norm = h.dtype.type(1) if norm < _ONE else norm
-        c[j], n[j], m[j], h[j] = cell, norm, top, o * cell / norm
-        g_i[j], g_f[j], g_z[j], g_o[j] = i, f, z, o
-
-
-@_kernel
-def _step(code, a, s, g, r):
-    """Step row r of a work item: pre-activations ``a``, states ``s``, gates ``g``."""
-    D, x = s.shape[2], a[r]
-    x0, x1, x2, x3, h = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D : 4 * D], s[0, r]
-    g0, g1, g2, g3 = g[0, r], g[1, r], g[2, r], g[3, r]
-    if code == ELMAN:
-        _elman(x0, h)
-    elif code == LSTM:
-        _lstm(x0, x1, x2, x3, h, s[1, r], g0, g1, g2, g3)
-    elif code == GRU:
-        _gru(x0, x1, x2, x3, h, g0, g1, g2, g3)
-    else:
-        _slstm(x0, x1, x2, x3, h, s[1, r], s[2, r], s[3, r], g0, g1, g2, g3)
+    D, zero, one = np.uint64(h.shape[1]), h.dtype.type(0), h.dtype.type(1)
+    for r in range(h.shape[0]):
+        for j in range(D):
+            i, f = a[r, j], a[r, D + j]
+            log_f = (zero if f > zero else f) - _log1p(_exp(-abs(f))) + m[r, j]
+            top = i if (n[r, j] == zero or i > log_f) else log_f
+            scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
+            z, o = _tanh(a[r, D + D + j]), _sigmoid(a[r, D + D + D + j])
+            cell, norm = scaled_f * c[r, j] + scaled_i * z, scaled_f * n[r, j] + scaled_i
+            norm = one if norm < one else norm
+            c[r, j], n[r, j], m[r, j], h[r, j] = cell, norm, top, o * cell / norm
+            g_i[r, j], g_f[r, j], g_z[r, j], g_o[r, j] = i, f, z, o
 
 
 @_kernel
 def _forward_block(code, Wx, w, b, initial, n, first, rows, hidden, cells, last, gates):
     """Run one head on ``rows`` sequences."""
-    steps, inputs, D = Wx.shape[1], Wx.shape[2], Wx.shape[4]
-    count, states = b.shape[0], initial.shape[0]
-    columns = w.shape[0] // D
-    s, a = np.zeros((states, ROWS, D), Wx.dtype), np.zeros((ROWS, max(columns, count * D)), Wx.dtype)
-    g = np.empty((4, rows, D), Wx.dtype)
-    for k in range(states):
-        for r in range(rows):
-            _copy(initial[k, first + r, n], s[k, r])
+    steps, D, states, columns = Wx.shape[1], Wx.shape[4], initial.shape[0], w.shape[0] // Wx.shape[4]
+    s, g = np.zeros((4, ROWS, D), Wx.dtype), np.zeros((4, ROWS, D), Wx.dtype)
+    a = np.zeros((ROWS, max(columns, b.shape[0] * D)), Wx.dtype)
+    s0, s1, s2, s3, g0, g1, g2, g3 = s[0], s[1], s[2], s[3], g[0], g[1], g[2], g[3]
+    _load_states(initial, hidden, cells, n, first, -1, rows, s[:states])
     for t in range(steps):
-        for r in range(rows):
-            for k in range(count - inputs):
-                _copy(b[k, n], a[r, k * D : (k + 1) * D])
-            for k in range(count - inputs, count):
-                _add(b[k, n], Wx[first + r, t, k - count + inputs, n], a[r, k * D : (k + 1) * D])
+        _load(Wx, b, n, first, t, rows, a)
         _product(s, 0, D, w, D, columns, a)
-        for r in range(rows):
-            _step(code, a, s, g, r)
-            _copy(s[0, r], hidden[first + r, t, n])
-            if cells.size:
-                for k in range(1, states):
-                    _copy(s[k, r], cells[k - 1, first + r, t, n])
-            if gates.size:
-                for k in range(4):
-                    _copy(g[k, r], gates[first + r, t, k, n])
+        if code == ELMAN:
+            _elman(a, s0)
+        elif code == LSTM:
+            _lstm(a, s0, s1, g0, g1, g2, g3)
+        elif code == GRU:
+            _gru(a, s0, g0, g1, g2, g3)
+        else:
+            _slstm(a, s0, s1, s2, s3, g0, g1, g2, g3)
+        _store_states(s, n, first, t, rows, hidden, cells)
+        if gates.size:
+            _store_gates(g, n, first, t, rows, gates)
     for k in range(states):
         for r in range(rows):
-            _copy(s[k, r], last[k, first + r, n])
+            last[k, first + r, n] = s[k, r]
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
@@ -413,142 +421,153 @@ def _forward(code, Wx, w, b, initial, hidden, cells, last, gates):
 
 
 @_kernel
-def _elman_back(h, dh, da):
+def _elman_back(h, dh, d):
     """Turn the gradient of h into that of the pre-activation, and clear it."""
     _disjoint()
-    one = h.dtype.type(1)
-    for j in range(h.shape[0]):
-        da[j] = dh[j] * (one - h[j] * h[j])
-        dh[j] = h.dtype.type(0)
+    for r in range(h.shape[0]):
+        for j in range(h.shape[1]):
+            d[r, j] = dh[r, j] * (_ONE - h[r, j] * h[r, j])
+            dh[r, j] = 0
 
 
 @_kernel
-def _lstm_back(g_i, g_f, g_z, g_o, before, c, dh, dc, d_i, d_f, d_z, d_o):
+def _lstm_back(g_i, g_f, g_z, g_o, before, c, dh, dc, d):
     """``before`` and ``c`` are the cell before and after the step; ``dh``, ``dc`` become those of the step before."""
     _disjoint()
-    zero, one, tiny = dh.dtype.type(0), dh.dtype.type(1), dh.dtype.type(1e-30 if dh.itemsize == 4 else 1e-290)
-    for j in range(dh.shape[0]):
-        i, f, z, o, u = g_i[j], g_f[j], g_z[j], g_o[j], _tanh(c[j])
-        d = dc[j] + dh[j] * o * (one - u * u)
-        d_i[j], d_f[j] = d * z * i * (one - i), d * before[j] * f * (one - f)
-        d_z[j], d_o[j] = d * i * (one - z * z), dh[j] * u * o * (one - o)
-        dc[j], dh[j] = _flush(d * f, tiny), zero
+    D, one, tiny = np.uint64(dh.shape[1]), dh.dtype.type(1), dh.dtype.type(1e-30 if dh.itemsize == 4 else 1e-290)
+    for r in range(dh.shape[0]):
+        for j in range(D):
+            i, f, z, o, u = g_i[r, j], g_f[r, j], g_z[r, j], g_o[r, j], _tanh(c[r, j])
+            by_c = dc[r, j] + dh[r, j] * o * (one - u * u)
+            by_o = dh[r, j] * u * o * (one - o)
+            dc[r, j], dh[r, j] = _flush(by_c * f, tiny), 0
+            d[r, j] = by_c * z * i * (one - i)
+            d[r, D + j] = by_c * before[r, j] * f * (one - f)
+            d[r, D + D + j] = by_c * i * (one - z * z)
+            d[r, D + D + D + j] = by_o
 
 
 @_kernel
-def _gru_back(g_g, g_r, g_z, g_n, before, dh, d_g, d_r, d_z, d_n):
+def _gru_back(g_g, g_r, g_z, g_n, before, dh, d):
     _disjoint()
-    one = dh.dtype.type(1)
-    for j in range(dh.shape[0]):
-        r, z, n, d = g_r[j], g_z[j], g_n[j], dh[j]
-        dn = d * (one - z) * (one - n * n)
-        d_n[j], d_g[j], d_r[j] = dn, dn * r, dn * g_g[j] * r * (one - r)
-        d_z[j], dh[j] = d * (before[j] - n) * z * (one - z), d * z
+    D, one = np.uint64(dh.shape[1]), dh.dtype.type(1)
+    for row in range(dh.shape[0]):
+        for j in range(D):
+            r, z, n, by_h = g_r[row, j], g_z[row, j], g_n[row, j], dh[row, j]
+            by_n, by_z = by_h * (one - z) * (one - n * n), by_h * (before[row, j] - n) * z * (one - z)
+            dh[row, j] = by_h * z
+            d[row, j] = by_n * r
+            d[row, D + j] = by_n * g_g[row, j] * r * (one - r)
+            d[row, D + D + j] = by_z
+            d[row, D + D + D + j] = by_n
 
 
 @_kernel
-def _slstm_back(
-    g_i, g_f, g_z, g_o, c0, n0, m0, c, n, m, dh, dc, dn, dm, d_i, d_f, d_z, d_o
-):  # fmt: skip
+def _slstm_back(g_i, g_f, g_z, g_o, c0, n0, m0, c, n, m, dh, dc, dn, dm, d):
     """``c0, n0, m0`` are the states before the step, ``c, n, m`` those after it."""
     _disjoint()
-    real = dh.dtype.type
-    zero, half, one = real(0), real(0.5), real(1)
-    tiny = real(1e-30 if dh.itemsize == 4 else 1e-290)
-    for j in range(dh.shape[0]):
-        i, f, z, o, top = g_i[j], g_f[j], g_z[j], g_o[j], m[j]
-        small = _exp(-abs(f))
-        log_f = (zero if f > zero else f) - _log1p(small) + m0[j]
-        scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
-        ratio = c[j] / n[j]
-        cell, norm = dc[j] + dh[j] * o / n[j], dn[j] - dh[j] * o * ratio / n[j]
-        raw = scaled_f * n0[j] + scaled_i
-        norm *= one if raw > one else (half if raw == one else zero)  # max(raw, 1)
-        by_i, by_f = (cell * z + norm) * scaled_i, (cell * c0[j] + norm * n0[j]) * scaled_f
-        by_m = dm[j] - by_i - by_f
-        chosen = one if i == top else zero  # m is i, else log_f
-        by_f += by_m * (one - chosen)
-        d_i[j], d_f[j] = by_i + by_m * chosen, by_f * (small if f > zero else one) / (one + small)
-        d_z[j], d_o[j] = cell * scaled_i * (one - z * z), dh[j] * ratio * o * (one - o)
-        dc[j], dn[j], dm[j] = _flush(cell * scaled_f, tiny), _flush(norm * scaled_f, tiny), _flush(by_f, tiny)
-        dh[j] = zero
+    D, real = np.uint64(dh.shape[1]), dh.dtype.type
+    zero, half, one, tiny = real(0), real(0.5), real(1), real(1e-30 if dh.itemsize == 4 else 1e-290)
+    for r in range(dh.shape[0]):
+        for j in range(D):
+            i, f, z, o, top, norm = g_i[r, j], g_f[r, j], g_z[r, j], g_o[r, j], m[r, j], n[r, j]
+            small = _exp(-abs(f))
+            log_f = (zero if f > zero else f) - _log1p(small) + m0[r, j]
+            scaled_i, scaled_f = _exp(i - top), _exp(log_f - top)
+            ratio, part = c[r, j] / norm, dh[r, j] * o / norm
+            by_c, by_n = dc[r, j] + part, dn[r, j] - part * ratio
+            raw = scaled_f * n0[r, j] + scaled_i
+            by_n *= one if raw > one else (half if raw == one else zero)  # max(raw, 1)
+            by_i, by_f = (by_c * z + by_n) * scaled_i, (by_c * c0[r, j] + by_n * n0[r, j]) * scaled_f
+            by_m, chosen = dm[r, j] - by_i - by_f, one if i == top else zero  # m is i, else log_f
+            by_f += by_m * (one - chosen)
+            by_o = dh[r, j] * ratio * o * (one - o)
+            dc[r, j], dn[r, j] = _flush(by_c * scaled_f, tiny), _flush(by_n * scaled_f, tiny)
+            dm[r, j], dh[r, j] = _flush(by_f, tiny), zero
+            d[r, j] = by_i + by_m * chosen
+            d[r, D + j] = by_f * (small if f > zero else one) / (one + small)
+            d[r, D + D + j] = by_c * scaled_i * (one - z * z)
+            d[r, D + D + D + j] = by_o
 
 
 @_kernel
-def _step_back(code, g, before, after, ds, da, r):
-    """Take row r back over one step: states ``before``, ``after`` it, gradients of states ``ds`` and gates ``da``."""
-    D, x = ds.shape[2], da[r]
-    x0, x1, x2, x3, dh = x[:D], x[D : 2 * D], x[2 * D : 3 * D], x[3 * D : 4 * D], ds[0, r]
-    g0, g1, g2, g3 = g[0, r], g[1, r], g[2, r], g[3, r]
-    if code == ELMAN:
-        _elman_back(after[0, r], dh, x0)
-    elif code == LSTM:
-        _lstm_back(g0, g1, g2, g3, before[1, r], after[1, r], dh, ds[1, r], x0, x1, x2, x3)
-    elif code == GRU:
-        _gru_back(g0, g1, g2, g3, before[0, r], dh, x0, x1, x2, x3)
-    else:
-        c0, n0, m0, c, n, m = before[1, r], before[2, r], before[3, r], after[1, r], after[2, r], after[3, r]
-        _slstm_back(
-            g0, g1, g2, g3, c0, n0, m0, c, n, m, dh, ds[1, r], ds[2, r], ds[3, r], x0, x1, x2, x3
-        )  # fmt: skip
+def _load_gradients(gates, d_hidden, d_cells, n, first, t, rows, g, ds):
+    """Write the gates of step t into ``g``; add the gradients of its outputs to ``ds``."""
+    _disjoint()
+    n, first, t, D = np.uint64(n), np.uint64(first), np.uint64(t), ds.shape[2]
+    for r in range(np.uint64(rows)):
+        for k in range(np.uint64(4 if gates.size else 0)):
+            for j in range(D):
+                g[k, r, j] = gates[first + r, t, k, n, j]
+        if d_hidden.size:
+            for j in range(D):
+                ds[0, r, j] += d_hidden[first + r, t, n, j]
+        for k in range(np.uint64(d_cells.shape[0] if d_cells.size else 0)):
+            for j in range(D):
+                ds[k + np.uint64(1), r, j] += d_cells[k, first + r, t, n, j]
 
 
 @_kernel
-def _load_states(p, n, first, t, s):
-    """Copy the states after step t (before the first step for t = -1) into ``s``."""
-    for k in range(s.shape[0]):
-        for r in range(s.shape[1]):
-            if t < 0:
-                _copy(p.initial[k, first + r, n], s[k, r])
-            elif k == 0:
-                _copy(p.hidden[first + r, t, n], s[k, r])
-            else:
-                _copy(p.cells[k - 1, first + r, t, n], s[k, r])
+def _store_gradients(d, h, n, first, t, rows, skipped, d_Wx, d_b, inner):
+    """Store the gradients of a step's gates, add them to those of the biases, and put h beside them."""
+    _disjoint()
+    n, first, t, skipped = np.uint64(n), np.uint64(first), np.uint64(t), np.uint64(skipped)
+    D = np.uint64(h.shape[1])
+    for r in range(np.uint64(rows)):
+        for j in range(np.uint64(d_b.shape[0])):
+            d_b[j] += d[r, j]
+        for k in range(np.uint64(d_Wx.shape[2])):
+            for j in range(D):
+                d_Wx[first + r, t, k, n, j] = d[r, (k + skipped) * D + j]
+        for j in range(D):
+            inner[r, j] = h[r, j]
 
 
 @_kernel
-def _load_gradients(p, n, first, t, g, ds):
-    """Copy the gates of step t into ``g``; add the gradients of its outputs to ``ds``."""
-    for r in range(ds.shape[1]):
-        if p.d_hidden.size:
-            _accumulate(p.d_hidden[first + r, t, n], ds[0, r])
-        if p.d_cells.size:
-            for k in range(1, ds.shape[0]):
-                _accumulate(p.d_cells[k - 1, first + r, t, n], ds[k, r])
-        if p.gates.size:
-            for k in range(4):
-                _copy(p.gates[first + r, t, k, n], g[k, r])
+def _carry(x, bound, out):
+    """Add ``x`` to ``out`` and clear it; its elements are clipped to ``bound`` if that is positive."""
+    _disjoint()
+    tiny = out.dtype.type(1e-30 if out.itemsize == 4 else 1e-290)
+    for r in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            v = x[r, j]
+            if bound > 0:
+                v = -bound if v < -bound else v
+                v = bound if v > bound else v
+            out[r, j], x[r, j] = _flush(out[r, j] + v, tiny), 0
 
 
 @_kernel
 def _backward_block(p, d, code, w, follow, clip, n, first, rows, d_R, d_b):
     """Take one head back over ``rows`` sequences and add to the gradients of its matrix and biases."""
-    steps, inputs, D = d.Wx.shape[1], d.Wx.shape[2], d.Wx.shape[4]
-    states, dtype, count, height = p.initial.shape[0], d.Wx.dtype, d_b.shape[0] // D, w.shape[0] // d_R.shape[1]
-    ds, g = np.empty((states, rows, D), dtype), np.empty((4, rows, D), dtype)
-    before, after = np.empty((states, rows, D), dtype), np.empty((states, rows, D), dtype)
-    recurrent, inner = np.zeros((ROWS, d_R.shape[1]), dtype), np.zeros((CHUNK * ROWS, d_R.shape[1]), dtype)
+    steps, inputs, D, dtype = d.Wx.shape[1], d.Wx.shape[2], d.Wx.shape[4], d.Wx.dtype
+    states, count, width, height = p.initial.shape[0], d_b.shape[0] // D, d_R.shape[1], w.shape[0] // d_R.shape[1]
+    g, ds = np.zeros((4, ROWS, D), dtype), np.zeros((4, ROWS, D), dtype)
+    before, after = np.ones((4, ROWS, D), dtype), np.ones((4, ROWS, D), dtype)
+    recurrent, inner = np.zeros((ROWS, width), dtype), np.zeros((CHUNK * ROWS, width), dtype)
     d_gates = np.zeros((CHUNK * ROWS, max(d_R.shape[0], count * D)), dtype)
-    for k in range(states):
-        for r in range(rows):
-            _copy(p.d_last[k, first + r, n], ds[k, r])
-    _load_states(p, n, first, steps - 1, after)
+    g0, g1, g2, g3, ds0, ds1, ds2, ds3 = g[0], g[1], g[2], g[3], ds[0], ds[1], ds[2], ds[3]
+    _load_states(p.d_last, p.hidden, p.cells, n, first, -1, rows, ds[:states])
+    _load_states(p.initial, p.hidden, p.cells, n, first, steps - 1, rows, after[:states])
     filled = 0
     for t in range(steps - 1, -1, -1):
-        _load_states(p, n, first, t - 1, before)
-        _load_gradients(p, n, first, t, g, ds)
+        _load_states(p.initial, p.hidden, p.cells, n, first, t - 1, rows, before[:states])
+        _load_gradients(p.gates, p.d_hidden, p.d_cells, n, first, t, rows, g, ds)
         da = d_gates[filled : filled + ROWS]
-        for r in range(rows):
-            _step_back(code, g, before, after, ds, da, r)
-            _copy(before[0, r], inner[filled + r, :D])
-            _accumulate(da[r, : count * D], d_b)
-            for k in range(inputs):
-                _copy(da[r, (k + count - inputs) * D : (k + count - inputs + 1) * D], d.Wx[first + r, t, k, n])
+        if code == ELMAN:
+            _elman_back(after[0], ds0, da)
+        elif code == LSTM:
+            _lstm_back(g0, g1, g2, g3, before[1], after[1], ds0, ds1, da)
+        elif code == GRU:
+            _gru_back(g0, g1, g2, g3, before[0], ds0, da)
+        else:
+            _slstm_back(
+                g0, g1, g2, g3, before[1], before[2], before[3], after[1], after[2], after[3], ds0, ds1, ds2, ds3, da
+            )  # fmt: skip
+        _store_gradients(da, before[0], n, first, t, rows, count - inputs, d.Wx, d_b, inner[filled : filled + ROWS])
         if follow:
-            recurrent[:] = 0
-            _product(d_gates, filled * d_gates.shape[1], d_gates.shape[1], w, height, recurrent.shape[1], recurrent)
-            for r in range(rows):
-                _carry(recurrent[r, :D], clip, ds[0, r])
+            _product(d_gates, filled * d_gates.shape[1], d_gates.shape[1], w, height, width, recurrent)
+            _carry(recurrent, clip, ds0)
         filled += ROWS
         if t == 0 or filled == CHUNK * ROWS:
             _outer(d_gates, inner, filled, d_R)
@@ -556,7 +575,7 @@ def _backward_block(p, d, code, w, follow, clip, n, first, rows, d_R, d_b):
         before, after = after, before
     for k in range(states):
         for r in range(rows):
-            _copy(ds[k, r], d.initial[k, first + r, n])
+            d.initial[k, first + r, n] = ds[k, r]
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
