@@ -20,7 +20,8 @@ border-bottom: 1px solid #e3e7ee; } .holds { color: #1d6b35; } .falls { color: #
 {% for record in records %}<h2>{{ record.slug }}</h2>
 {% for part in record.parts %}
 <h3 class="{{ part.verdict.split()[0] }}">
-{{ part.part.replace("_", " ") }}: {{ part.verdict }} ({{ part.seconds }} s)</h3><p>{{ part.not_measurable or part.description }}</p>
+{{ part.part.replace("_", " ") }}: {{ part.verdict }} ({{ part.seconds }} s)</h3>
+<p>{{ part.not_measurable or part.description }}</p>
 {% if part.measurements %}<table><tr><th>figure</th><th>measured</th><th>baseline</th><th>bound</th></tr>
 {% for m in part.measurements %}<tr><td>{{ m.name }}</td><td>{{ "%.4g"|format(m.value) }} {{ m.unit }}</td>
 <td>{{ "-" if m.baseline is none else "%.4g"|format(m.baseline) }}</td><td>{{ m.bound }}</td></tr>

@@ -249,7 +249,7 @@ def _multiple(d: _Domains, terms: tuple[Term, ...], number: int) -> list[int]:
     """Propagate that one term is a multiple of a fixed number; acts when one variable is free, to the first power."""
     if len(terms) > 1:
         return []
-    coefficient, powers = terms[0]
+    coefficient, powers = terms[0]  # pyright: ignore[reportGeneralTypeIssues]
     free = [(v, e) for v, e in powers if d.low[v] != d.high[v]]
     if len(free) != 1 or free[0][1] != 1:
         return []

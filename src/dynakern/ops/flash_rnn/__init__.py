@@ -120,7 +120,8 @@ def flash_rnn(
     engine = resolve_backend("flash_rnn", backend, (Wx, R, b, states), refusals=refusals, small=dims["T"] == 1)
     if engine == "reference":
         wide = [x.to(real) for x in operands]
-        found = rnn_reference(*wide, function, recurrent_gradient, gradient_clip).to(Wx.dtype)
+        settings = (function, recurrent_gradient, gradient_clip)
+        found = rnn_reference(*wide, *settings).to(Wx.dtype)  # pyright: ignore[reportCallIssue]
         return (found if return_states else found[0]), found[:, :, -1:]
     narrow = Wx.dtype if engine == "gpu" else real  # the GPU reads 16-bit inputs and matrices as they are
     wide = [Wx.to(narrow), R.to(narrow), bias.to(real), initial.to(real)]
