@@ -259,10 +259,10 @@ from tests.ops.test_flash_rnn import FUNCTIONS, operands
 def run(engine, function, dtype, clip, arguments):
     Wx, R, b, initial = arguments
     Wx, R = Wx.to(dtype), R.to(dtype)
-    hidden, cells, gates = _outputs(Wx, initial, function, True, True)
-    last = engine.forward(Wx, R, b, initial, function, hidden, cells, gates)
+    hidden, cells, kept = _outputs(Wx, initial, function, True, True)
+    last = engine.forward(Wx, R, b, initial, function, hidden, cells, kept)
     cotangents = hidden.cos(), cells.cos() if cells.numel() else None, last.sin()
-    grads = engine.backward(R, initial, hidden, cells, gates, cotangents, function, True, clip)
+    grads = engine.backward(R, initial, hidden, kept, cotangents, function, True, clip)
     return [x.float() for x in (hidden, cells, last, *grads)]
 
 launch = gpu._launch

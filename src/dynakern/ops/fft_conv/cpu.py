@@ -35,7 +35,7 @@ LANES = 16  # rows side by side: two AVX2 vectors or one of AVX-512 in float32
 POINTS = 64  # of a block: the innermost transform, whose sizes are known to the compiler
 BLOCK = POINTS * LANES  # numbers of a block's real part; its imaginary part follows
 PAIR = 2 * BLOCK
-RUN = 16 * POINTS  # steps that are written to a row at a time
+_ROW = 4 * POINTS
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "cache": True}
 
 
@@ -308,24 +308,23 @@ def _copy(x, out):
 
 
 @njit(**_OPTIONS)
+def _unweave(x, y):
+    """Undo :func:`_weave`: deal x out to four rows of y, 4 * POINTS apart."""
+    for j in range(x.shape[0] // 4):
+        y[j], y[j + _ROW], y[j + 2 * _ROW], y[j + 3 * _ROW] = x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]
+
+
+@njit(**_OPTIONS)
 def _store(x, y, L, rows, count):
     """Write L steps of the real parts of the first ``count`` lanes of x into rows of y."""
-    s = np.empty(min(L, RUN) * LANES, x.dtype)
-    for begin in range(0, L, RUN):
-        end = min(L, begin + RUN)
-        for l in range(begin, end, POINTS):
-            n = min(end - l, POINTS) * LANES
-            _copy(x[l // POINTS * PAIR : l // POINTS * PAIR + n], s[(l - begin) * LANES : (l - begin) * LANES + n])
-        for w in range(0, count - count % 4, 4):
-            a, b, c, d = y[rows[w]], y[rows[w + 1]], y[rows[w + 2]], y[rows[w + 3]]
-            a, b, c, d = a[begin:end], b[begin:end], c[begin:end], d[begin:end]
-            for t in range(end - begin):
-                o = t * LANES + w
-                a[t], b[t], c[t], d[t] = s[o], s[o + 1], s[o + 2], s[o + 3]
-        for w in range(count - count % 4, count):
-            a = y[rows[w]]
-            for t in range(end - begin):
-                a[begin + t] = s[t * LANES + w]
+    s, rest = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
+    for l in range(0, L, POINTS):
+        o, n = l // POINTS * PAIR, min(L - l, POINTS)
+        _unweave(x[o : o + BLOCK], s)  # lanes 0, 4, 8, 12 of all points, then 1, 5, 9, 13, ...
+        for w in range(4):
+            _unweave(s[_ROW * w : _ROW * (w + 1)], rest[POINTS * w :])
+        for w in range(count):
+            _copy(rest[POINTS * w : POINTS * w + n], y[rows[w], l : l + n])
 
 
 @njit(**_OPTIONS)
@@ -482,12 +481,13 @@ def _share_lanes(k: Tensor, batch: int) -> Tensor:
     return k.repeat(1, max(1, min(LANES // H, batch)), 1) if H < LANES else k.contiguous()
 
 
-def _run(tasks: Callable[[int, int], None], count: int) -> None:
+def _run(tasks: Callable[[int, int], None], count: int, numbers: int) -> None:
     """Do tasks 0 .. count - 1 in ranges on PyTorch's number of threads; the kernels release the interpreter's lock.
 
     These are threads outside of Numba's layer: a kernel with ``parallel=True`` takes three times as long to compile.
+    They take 0.1 ms to start, about as long as 2 ** 15 numbers take to convolve.
     """
-    threads = min(torch.get_num_threads(), count)
+    threads = min(torch.get_num_threads(), count) if numbers >= 2**19 else 1
     if threads == 1:
         tasks(0, count)
     else:
@@ -507,7 +507,7 @@ def forward(u: Tensor, k: Tensor, causal: bool) -> Tensor:
     parts = max(1, min(steps // 2, torch.get_num_threads() // groups))  # each part transforms the kernels anew
     arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (u.detach().contiguous(), lanes_k, y)]
     options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
-    _run(lambda begin, end: _convolve(*arrays, begin, end, parts, *options), groups * parts)
+    _run(lambda begin, end: _convolve(*arrays, begin, end, parts, *options), groups * parts, y.numel())
     return y
 
 
@@ -520,5 +520,5 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Te
     inputs = dy.detach().contiguous(), u.detach().contiguous(), lanes_k
     arrays = [x.reshape(-1, x.shape[-1]).numpy() for x in (*inputs, du, dk)]
     options = H, width, *split_taps(L, T, causal), *_plan(L, u.dtype)
-    _run(lambda begin, end: _correlate(*arrays, begin, end, *options), -(-width // LANES))
+    _run(lambda begin, end: _correlate(*arrays, begin, end, *options), -(-width // LANES), dy.numel())
     return du, dk.view(C, width // H, H, T).sum(1)

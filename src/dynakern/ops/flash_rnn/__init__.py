@@ -127,7 +127,7 @@ def flash_rnn(
     wide = [Wx.to(narrow), R.to(narrow), bias.to(real), initial.to(real)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in wide)
     clip = 0.0 if gradient_clip is None else float(gradient_clip)
-    h, cells, last, _ = _rnn(*wide, function, recurrent_gradient, clip, return_states or keep, keep)
+    h, cells, last, _ = _rnn(*wide, function, recurrent_gradient, clip, return_states, keep)
     out = torch.cat([h.unsqueeze(0), cells.to(h.dtype)]) if return_states else h
     return out.to(Wx.dtype), last.unsqueeze(2).to(Wx.dtype)
 
@@ -171,15 +171,14 @@ def _engine(x: Tensor) -> Any:
     return gpu
 
 
-def _outputs(Wx: Tensor, initial: Tensor, function: str, keep_states: bool, keep_gates: bool) -> tuple[Tensor, ...]:
-    """Return fresh tensors for h, the other states and the gates; empty where they are not kept."""
+def _outputs(Wx: Tensor, initial: Tensor, function: str, return_states: bool, keep: bool) -> tuple[Tensor, ...]:
+    """Return fresh tensors for h, the other states and what the backward pass needs; empty where not wanted."""
     batch, steps, _, heads, width = Wx.shape
     others = CELLS[function].states - 1
     hidden = Wx.new_empty(batch, steps, heads, width)
-    cells = initial.new_empty((others, batch, steps, heads, width) if keep_states else (others, 0, 0, 0, 0))
-    kept = keep_gates and function != "elman"
-    gates = initial.new_empty((batch, steps, 4, heads, width) if kept else (0, 0, 0, 0, 0))
-    return hidden, cells, gates
+    cells = initial.new_empty((others, batch, steps, heads, width) if return_states else (others, 0, 0, 0, 0))
+    slots = 4 + others if keep and function != "elman" else 0
+    return hidden, cells, initial.new_empty(slots * ((batch + 3) // 4 * 4) * steps * heads * width)
 
 
 @torch.library.custom_op("dynakern::flash_rnn", mutates_args=())
@@ -191,18 +190,18 @@ def _rnn(
     function: str,
     follow: bool,
     clip: float,
-    keep_states: bool,
-    keep_gates: bool,
+    return_states: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, cells, gates = _outputs(Wx, initial, function, keep_states, keep_gates)
-    last = _engine(Wx).forward(Wx, R, b, initial, function, hidden, cells, gates)
-    return hidden, cells, last, gates
+    hidden, cells, kept = _outputs(Wx, initial, function, return_states, keep)
+    last = _engine(Wx).forward(Wx, R, b, initial, function, hidden, cells, kept)
+    return hidden, cells, last, kept
 
 
 @_rnn.register_fake
-def _(Wx, R, b, initial, function, follow, clip, keep_states, keep_gates):
-    hidden, cells, gates = _outputs(Wx, initial, function, keep_states, keep_gates)
-    return hidden, cells, torch.empty_like(initial, memory_format=torch.contiguous_format), gates
+def _(Wx, R, b, initial, function, follow, clip, return_states, keep):
+    hidden, cells, kept = _outputs(Wx, initial, function, return_states, keep)
+    return hidden, cells, torch.empty_like(initial, memory_format=torch.contiguous_format), kept
 
 
 @torch.library.custom_op("dynakern::flash_rnn_backward", mutates_args=())
@@ -211,8 +210,7 @@ def _rnn_backward(
     d_cells: Tensor | None,
     d_last: Tensor | None,
     hidden: Tensor,
-    cells: Tensor,
-    gates: Tensor,
+    kept: Tensor,
     Wx: Tensor,
     R: Tensor,
     b: Tensor,
@@ -222,23 +220,23 @@ def _rnn_backward(
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     engine = _engine(Wx)
-    if gates.numel() == 0 and (function != "elman" or Wx.shape[0] == 0):
-        hidden, cells, gates = _outputs(Wx, initial, function, True, True)
-        engine.forward(Wx, R, b, initial, function, hidden, cells, gates)
+    if kept.numel() == 0 and function != "elman":
+        hidden, cells, kept = _outputs(Wx, initial, function, False, True)
+        engine.forward(Wx, R, b, initial, function, hidden, cells, kept)
     grads = (d_hidden, d_cells if d_cells is not None and d_cells.numel() else None, d_last)
-    return engine.backward(R, initial, hidden, cells, gates, grads, function, follow, clip)
+    return engine.backward(R, initial, hidden, kept, grads, function, follow, clip)
 
 
 @_rnn_backward.register_fake
-def _(d_hidden, d_cells, d_last, hidden, cells, gates, Wx, R, b, initial, function, follow, clip):
+def _(d_hidden, d_cells, d_last, hidden, kept, Wx, R, b, initial, function, follow, clip):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (Wx, R, b, initial))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, cells, _, gates = output
+    hidden, _, _, kept = output
     ctx.options = inputs[4:7]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, cells, gates, *inputs[:4])
+    ctx.save_for_backward(hidden, kept, *inputs[:4])
 
 
 def _backward(ctx: Any, d_hidden: Any, d_cells: Any, d_last: Any, _: Any) -> tuple[Tensor | None, ...]:
@@ -258,6 +256,6 @@ def _flops(Wx_shape, R_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.dynakern.flash_rnn_backward)
-def _backward_flops(d_hidden, d_cells, d_last, hidden, cells, gates, Wx_shape, R_shape, *args, **kwargs) -> int:
+def _backward_flops(d_hidden, d_cells, d_last, hidden, kept, Wx_shape, R_shape, *args, **kwargs) -> int:
     """Count two products of the size of the forward pass: for the states and for R."""
     return 2 * _flops(Wx_shape, R_shape)

@@ -312,8 +312,18 @@ def _backward(
         tl.store(d_initial + 3 * total + state, dm, mask=inside)
 
 
+def _kept(kept: Tensor, hidden: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    """View what is kept as states ``(S - 1, B, T, NH, D)`` and gates ``(B, T, 4, NH, D)``; both empty if nothing is."""
+    batch, steps, heads, D = hidden.shape
+    parts = (states - 1) * hidden.numel(), 4 * hidden.numel()
+    if kept.numel() == 0:
+        return kept, kept
+    cells, gates = kept[: sum(parts)].split(parts)
+    return cells.view(states - 1, batch, steps, heads, D), gates.view(batch, steps, 4, heads, D)
+
+
 def forward(
-    Wx: Tensor, R: Tensor, b: Tensor, initial: Tensor, function: str, hidden: Tensor, cells: Tensor, gates: Tensor
+    Wx: Tensor, R: Tensor, b: Tensor, initial: Tensor, function: str, hidden: Tensor, cells: Tensor, kept: Tensor
 ) -> Tensor:
     """Run the network; the arguments are those of the CPU engine, ``b`` and states in float32."""
     last = torch.empty_like(initial, memory_format=torch.contiguous_format)
@@ -322,10 +332,14 @@ def forward(
         return last
     grid, options = _launch(Wx, function)
     operands = [x.contiguous() for x in (Wx, R, b, initial)]
+    kept_cells, gates = _kept(kept, hidden, CELLS[function].states)
+    target = cells if kept_cells.numel() == 0 else kept_cells
     _forward[grid](
-        *operands, hidden, cells, last, gates, batch, steps, heads, D,
-        KEEP_STATES=cells.numel() > 0, KEEP_GATES=gates.numel() > 0, **options,
+        *operands, hidden, target, last, gates, batch, steps, heads, D,
+        KEEP_STATES=target.numel() > 0, KEEP_GATES=gates.numel() > 0, **options,
     )  # fmt: skip
+    if cells.numel() and target is not cells:
+        cells.copy_(target)
     return last
 
 
@@ -333,8 +347,7 @@ def backward(
     R: Tensor,
     initial: Tensor,
     hidden: Tensor,
-    cells: Tensor,
-    gates: Tensor,
+    kept: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     function: str,
     follow: bool,
@@ -346,6 +359,7 @@ def backward(
     d_gates = hidden.new_empty(batch, steps, cell.gates, heads, D)
     d_initial = torch.empty_like(initial, memory_format=torch.contiguous_format)
     if batch:
+        cells, gates = _kept(kept, hidden, cell.states)
         grid, options = _launch(d_gates, function)
         _backward[grid](
             R.contiguous(), initial.contiguous(), hidden, cells, gates,
