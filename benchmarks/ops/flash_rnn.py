@@ -65,7 +65,7 @@ def _network_cases(function: str, B: int, T: int, NH: int, D: int, rate: float):
 
     theirs = [x, *(p for head in heads for p in head.parameters())]
     label, shape = f"{PEERS[function].__name__} of torch a head", f"{function} {(B, T, NH, D)}"
-    aim = 1.0 if function != "slstm" else 1 / 1.3
+    aim = 1.0 if function != "slstm" else 0.77  # 1.3 times the LSTM's time
     floor = 2 * B * T * NH * D * D * cell.recurrent / rate
     note = "the recurrent products (three times them for forward and backward) at the measured rate of a large product"
     loop = lambda: run("reference")  # noqa: E731
@@ -129,7 +129,7 @@ def _solver_case():
         peers={"the authors' solver": official},
         check=check,
         at_least=1000,
-        repeats=1,
+        repeats=5,
     )
 
 

@@ -178,7 +178,8 @@ def _outputs(Wx: Tensor, initial: Tensor, function: str, return_states: bool, ke
     hidden = Wx.new_empty(batch, steps, heads, width)
     cells = initial.new_empty((others, batch, steps, heads, width) if return_states else (others, 0, 0, 0, 0))
     slots = 4 + others if keep and function != "elman" else 0
-    return hidden, cells, initial.new_empty(slots * ((batch + 3) // 4 * 4) * steps * heads * width)
+    padded = (batch + 7) // 8 * 8  # the CPU engine keeps whole blocks of up to 8 sequences
+    return hidden, cells, initial.new_empty(slots * padded * steps * heads * width)
 
 
 @torch.library.custom_op("dynakern::flash_rnn", mutates_args=())

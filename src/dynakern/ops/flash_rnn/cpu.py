@@ -33,10 +33,16 @@ def _packed(w: Tensor) -> Tensor:
     return torch.cat([strip.flatten(1) for strip in w.split(256 // w.element_size(), dim=2)], 1)
 
 
-def _blocks(kept: Tensor, batch: int, steps: int, heads: int) -> np.ndarray:
-    """View what is kept as ``(work items, T, gates and states of ROWS sequences)``."""
-    items = heads * -(-batch // ROWS)
-    return kept.detach().view(items, steps, kept.numel() // max(1, items * steps)).numpy()
+def _size(batch: int, heads: int) -> int:
+    """Return the sequences of a block: eight cost less a sequence, four make more blocks for several threads."""
+    return 2 * ROWS if batch > ROWS and heads * -(-batch // (2 * ROWS)) >= 4 else ROWS
+
+
+def _blocks(kept: Tensor, hidden: Tensor, size: int) -> np.ndarray:
+    """View what is kept as ``(work items, T, gates and states of a block)``."""
+    batch, steps, heads, D = hidden.shape
+    items, slots = heads * -(-batch // size), kept.numel() // max(1, -(-batch // 8) * 8 * steps * heads * D)
+    return kept.detach()[: items * steps * slots * size * D].view(items, steps, slots * size * D).numpy()
 
 
 def forward(
@@ -50,9 +56,11 @@ def forward(
     last = torch.empty_like(initial, memory_format=torch.contiguous_format)
     packed = _packed(R.permute(1, 3, 0, 2).flatten(2))  # (NH, Din, Gr Dout)
     arrays = [x.detach().contiguous().numpy() for x in (Wx, packed, b, initial)]
-    blocks = _blocks(kept, Wx.shape[0], Wx.shape[1], Wx.shape[3])
+    size = _size(hidden.shape[0], hidden.shape[2])
+    blocks = _blocks(kept, hidden, size)
+    kept[blocks.size :].zero_()  # room for a batch that fills its last block
     with numba_threads():
-        kernels.forward(CODES[function], *arrays, hidden.numpy(), cells.numpy(), last.numpy(), blocks)
+        kernels.forward(CODES[function], size, *arrays, hidden.numpy(), cells.numpy(), last.numpy(), blocks)
     return last
 
 
@@ -72,20 +80,21 @@ def backward(
     gradients pass the recurrent product, where they are clipped to ``clip`` if it is positive.
     """
     cell, (batch, steps, heads, D) = CELLS[function], hidden.shape
-    slots = max(1, min(-(-batch // ROWS), -(-WORK_ITEMS // heads)))
+    size = _size(batch, heads)
+    slots = max(1, min(-(-batch // size), -(-WORK_ITEMS // heads)))
     packed = _packed(R.transpose(0, 1).flatten(1, 2))  # (NH, Gr Dout, Din)
     d_hidden, d_cells, d_last = grads
     d_hidden = hidden.new_empty(0, 0, 0, 0) if d_hidden is None else d_hidden
     d_cells = hidden.new_empty(0, 0, 0, 0, 0) if d_cells is None else d_cells
     d_last = torch.zeros_like(initial) if d_last is None else d_last
     arrays = [x.detach().contiguous().numpy() for x in (initial, hidden, d_hidden, d_cells, d_last)]
-    p = kernels.Operands(*arrays[:2], _blocks(kept, batch, steps, heads), *arrays[2:])
+    p = kernels.Operands(*arrays[:2], _blocks(kept, hidden, size), *arrays[2:])
     d_Wx, d_initial = hidden.new_empty(batch, steps, cell.inputs, heads, D), hidden.new_empty(initial.shape)
     height = cell.recurrent * D
     d_R = hidden.new_zeros(heads, slots, -(-height // ROWS) * ROWS, _padded(D, hidden))
     d_b = hidden.new_zeros(heads, slots, cell.gates * D)
     found = kernels.Gradients(d_Wx.numpy(), d_R.numpy(), d_b.numpy(), d_initial.numpy())
     with numba_threads():
-        kernels.backward(p, found, CODES[function], packed.numpy(), follow, p.hidden.dtype.type(clip))
+        kernels.backward(p, found, CODES[function], size, packed.numpy(), follow, p.hidden.dtype.type(clip))
     d_R = d_R.sum(1)[:, :height, :D].unflatten(1, (cell.recurrent, D)).transpose(0, 1).contiguous()
     return d_Wx, d_R, d_b.sum(1).unflatten(1, (cell.gates, D)).transpose(0, 1).contiguous(), d_initial

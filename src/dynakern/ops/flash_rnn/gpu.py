@@ -333,6 +333,7 @@ def forward(
     grid, options = _launch(Wx, function)
     operands = [x.contiguous() for x in (Wx, R, b, initial)]
     kept_cells, gates = _kept(kept, hidden, CELLS[function].states)
+    kept[kept_cells.numel() + gates.numel() :].zero_()
     target = cells if kept_cells.numel() == 0 else kept_cells
     _forward[grid](
         *operands, hidden, target, last, gates, batch, steps, heads, D,

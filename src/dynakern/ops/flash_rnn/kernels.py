@@ -2,7 +2,7 @@
 # Numba's intrinsics are called without their first parameter, which Python's types do not know.
 """The Numba kernels of the multi-head recurrent networks, forward and backward, which :mod:`.cpu` calls.
 
-A work item is one head and up to ROWS sequences of the batch. It walks through all steps, so that the head's recurrent
+A work item is one head and a block of four or eight sequences. It walks through all steps, so that the head's recurrent
 matrix stays in the second-level cache and the states in the first. The recurrent product takes four rows and strips of
 64 columns of a packed matrix, whose sums stay in registers. The gates are rational functions of a power of two and a
 polynomial, which vectorise where library calls do not. The backward pass starts from the gates that the forward pass
@@ -23,8 +23,8 @@ from numba.core.extending import intrinsic, overload
 
 __all__ = ["CODES", "ROWS", "Gradients", "Operands", "backward", "forward"]
 
-ROWS = 4  # sequences of a block
-CHUNK = 8  # steps whose gradients are gathered for one product that adds to the gradient of R
+ROWS = 4  # rows that are multiplied at a time
+GATHERED = 32  # rows of gradients that are gathered for one product that adds to the gradient of R
 
 CODES = {"elman": 0, "lstm": 1, "gru": 2, "slstm": 3}
 ELMAN, LSTM, GRU = 0, 1, 2
@@ -228,11 +228,12 @@ def _strip(x, x_at, x_row, x_step, w, w_at, w_step, out, out_at, out_row, inner,
 
 @_kernel
 def _product(x, x_at, x_row, w, inner, columns, out):
-    """Add the product of ROWS rows of ``x`` with a packed matrix to the first columns of ``out``."""
-    most = 256 // out.itemsize
+    """Add the product of rows of ``x``, as many as ``out`` has, with a packed matrix to its first columns."""
+    step, most = out.shape[1], 256 // out.itemsize
     for j in range(0, columns, most):
         width = min(most, columns - j)
-        _strip(x, x_at, x_row, 1, w, j * inner, width, out, j, out.shape[1], inner, width)
+        for i in range(0, out.shape[0], ROWS):
+            _strip(x, x_at + i * x_row, x_row, 1, w, j * inner, width, out, i * step + j, step, inner, width)
 
 
 @_kernel
@@ -360,11 +361,12 @@ def _slstm(a, h, c, n, m, g_i, g_f, g_z, g_o):
 
 
 @_kernel
-def _forward_block(code, Wx, w, b, initial, n, first, rows, hidden, cells, last, kept):
-    """Run one head on ``rows`` sequences; ``kept`` ``(T, gates and states)`` may be empty."""
+def _forward_block(code, size, Wx, w, b, initial, n, first, hidden, cells, last, kept):
+    """Run one head on a block of ``size`` sequences; ``kept`` ``(T, gates and states)`` may be empty."""
     steps, D, states, columns = Wx.shape[1], Wx.shape[4], initial.shape[0], w.shape[0] // Wx.shape[4]
-    h, tile = np.zeros((ROWS, D), Wx.dtype), np.zeros((7, ROWS, D), Wx.dtype)
-    a = np.zeros((ROWS, max(columns, b.shape[0] * D)), Wx.dtype)
+    rows = min(size, Wx.shape[0] - first)
+    h, tile = np.zeros((size, D), Wx.dtype), np.zeros((7, size, D), Wx.dtype)
+    a = np.zeros((size, max(columns, b.shape[0] * D)), Wx.dtype)
     g0, g1, g2, g3, s1, s2, s3 = tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6]
     flat = tile.reshape(-1)[: kept.shape[1]]
     _split_states(initial, n, first, rows, h, tile)
@@ -389,14 +391,13 @@ def _forward_block(code, Wx, w, b, initial, n, first, rows, hidden, cells, last,
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def forward(code, Wx, w, b, initial, hidden, cells, last, kept):
+def forward(code, size, Wx, w, b, initial, hidden, cells, last, kept):
     """Run all heads; see :func:`dynakern.ops.flash_rnn.cpu.forward`."""
     batch, heads = Wx.shape[0], Wx.shape[3]
-    blocks = (batch + ROWS - 1) // ROWS
+    blocks = (batch + size - 1) // size
     for item in prange(heads * blocks):
-        n, first = item // blocks, item % blocks * ROWS
-        rows = min(ROWS, batch - first)
-        _forward_block(code, Wx, w[n], b, initial, n, first, rows, hidden, cells, last, kept[item])
+        n, first = item // blocks, item % blocks * size
+        _forward_block(code, size, Wx, w[n], b, initial, n, first, hidden, cells, last, kept[item])
 
 
 @_kernel
@@ -508,26 +509,27 @@ def _carry(x, bound, out):
 
 
 @_kernel
-def _backward_block(p, d, code, w, follow, clip, n, first, rows, kept, d_R, d_b):
-    """Take one head back over ``rows`` sequences and add to the gradients of its matrix and biases."""
+def _backward_block(p, d, code, size, w, follow, clip, n, first, kept, d_R, d_b):
+    """Take one head back over a block of sequences and add to the gradients of its matrix and biases."""
     steps, skipped, D, dtype = d.Wx.shape[1], d_b.shape[0] // d.Wx.shape[4] - d.Wx.shape[2], d.Wx.shape[4], d.Wx.dtype
-    states, width, height, size = p.initial.shape[0], d_R.shape[1], w.shape[0] // d_R.shape[1], kept.shape[1]
-    ds, dh = np.zeros((7, ROWS, D), dtype), np.zeros((ROWS, D), dtype)
-    x, y = np.ones((7, ROWS, D), dtype), np.ones((7, ROWS, D), dtype)  # before and after the step
-    recurrent, inner = np.zeros((ROWS, width), dtype), np.zeros((CHUNK * ROWS, width), dtype)
-    d_gates, h = np.zeros((CHUNK * ROWS, max(d_R.shape[0], d_b.shape[0])), dtype), np.zeros((ROWS, D), dtype)
+    states, width, height, saved = p.initial.shape[0], d_R.shape[1], w.shape[0] // d_R.shape[1], kept.shape[1]
+    rows = min(size, p.hidden.shape[0] - first)
+    ds, dh = np.zeros((7, size, D), dtype), np.zeros((size, D), dtype)
+    x, y = np.ones((7, size, D), dtype), np.ones((7, size, D), dtype)  # before and after the step
+    recurrent, inner = np.zeros((size, width), dtype), np.zeros((GATHERED, width), dtype)
+    d_gates, h = np.zeros((GATHERED, max(d_R.shape[0], d_b.shape[0])), dtype), np.zeros((size, D), dtype)
     _split_states(p.d_last, n, first, rows, dh, ds)
-    if size:
-        _copy(kept[steps - 1], y.reshape(-1)[:size])
+    if saved:
+        _copy(kept[steps - 1], y.reshape(-1)[:saved])
     filled = 0
     for t in range(steps - 1, -1, -1):
-        before, da = inner[filled : filled + ROWS], d_gates[filled : filled + ROWS]
+        before, da = inner[filled : filled + size], d_gates[filled : filled + size]
         if t == 0:
             _split_states(p.initial, n, first, rows, before[:, :D], x)
         else:
             _gather(p.hidden, n, first, t - 1, rows, before)
-            if size:
-                _copy(kept[t - 1], x.reshape(-1)[:size])
+            if saved:
+                _copy(kept[t - 1], x.reshape(-1)[:saved])
         if p.d_hidden.size:
             _add_gradients(p.d_hidden, n, first, t, rows, dh)
         if p.d_cells.size:
@@ -546,8 +548,8 @@ def _backward_block(p, d, code, w, follow, clip, n, first, rows, kept, d_R, d_b)
         if follow:
             _product(d_gates, filled * d_gates.shape[1], d_gates.shape[1], w, height, width, recurrent)
             _carry(recurrent, clip, dh)
-        filled += ROWS
-        if t == 0 or filled == CHUNK * ROWS:
+        filled += size
+        if t == 0 or filled == GATHERED:
             _outer(d_gates, inner, filled, d_R)
             filled = 0
         x, y = y, x
@@ -555,13 +557,12 @@ def _backward_block(p, d, code, w, follow, clip, n, first, rows, kept, d_R, d_b)
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def backward(p, d, code, w, follow, clip):
+def backward(p, d, code, size, w, follow, clip):
     """Take all heads back; see :func:`dynakern.ops.flash_rnn.cpu.backward`."""
     batch, heads, slots = p.hidden.shape[0], p.hidden.shape[2], d.R.shape[1]
-    blocks = (batch + ROWS - 1) // ROWS
+    blocks = (batch + size - 1) // size
     for item in prange(heads * slots):
         n, slot = item // slots, item % slots
         for block in range(blocks * slot // slots, blocks * (slot + 1) // slots):
-            first, rows = block * ROWS, min(ROWS, batch - block * ROWS)
             kept, d_R, d_b = p.kept[n * blocks + block], d.R[n, slot], d.b[n, slot]
-            _backward_block(p, d, code, w[n], follow, clip, n, first, rows, kept, d_R, d_b)
+            _backward_block(p, d, code, size, w[n], follow, clip, n, block * size, kept, d_R, d_b)
