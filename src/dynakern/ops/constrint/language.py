@@ -7,17 +7,25 @@ Every side of a relation becomes a sum of monomials, ``{monomial: coefficient}``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import string
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 __all__ = ["AllOf", "AnyOf", "Clause", "ConstraintSyntaxError", "Program", "Relation", "parse"]
 
 Monomial = tuple[tuple[str, int], ...]
 Polynomial = dict[Monomial, int]
 
-_TOKEN = re.compile(r"\s*(?:#[^\n]*)?(?:(?P<name>[A-Za-z_]+)|(?P<number>\d+)|(?P<symbol><=|==|[;|%+*^()\[\],]))")
-_SPACE = re.compile(r"(?:\s|#[^\n]*)*")
+# The pieces of a text; the last pattern catches what is not in the language.
+_PIECE = re.compile(r"[A-Za-z_]+|\d+|<=|==|[;|%+*^()\[\],]|\s+|#[^\n]*|.")
+_HINTS = {
+    "-": " (there is no minus: move the term to the other side)",
+    "/": " (there is no division)",
+    "<": " (write a + 1 <= b)",
+    ">": " (write b <= a)",
+    "=": " (equality is ==)",
+}
+_END = ""
 _MAX_TERMS = 10_000
 
 
@@ -83,28 +91,30 @@ class Program:
     ambiguous: bool = False
 
 
-class _Token(NamedTuple):
-    kind: str
-    text: str
-    position: int
+def _tokens(text: str) -> list[str]:
+    found = [piece for piece in _PIECE.findall(text) if not (piece.isspace() or piece[0] == "#")]
+    for index, token in enumerate(found):
+        if len(token) == 1 and not (token in _SYMBOLS or token in _LETTERS):
+            message = f"unexpected character {token!r}{_HINTS.get(token, '')}"
+            raise ConstraintSyntaxError(message, text, _position(text, index))
+    found.append(_END)
+    return found
 
 
-def _tokens(text: str) -> Iterator[_Token]:
-    position = 0
-    while (position := _SPACE.match(text, position).end()) < len(text):  # pyright: ignore
-        match = _TOKEN.match(text, position)
-        if match is None:
-            hint = {"-": " (there is no minus: move the term to the other side)", "/": " (there is no division)"}
-            hint |= {"<": " (write a + 1 <= b)", ">": " (write b <= a)", "=": " (equality is ==)", "!": ""}
-            raise ConstraintSyntaxError(
-                f"unexpected character {text[position]!r}{hint.get(text[position], '')}", text, position
-            )
-        yield _Token(match.lastgroup or "", match[match.lastgroup or 0], position)
-        position = match.end()
-    yield _Token("end", "the end of the text", len(text))
+_SYMBOLS, _LETTERS = frozenset(";|%+*^()[],"), frozenset(string.ascii_letters + string.digits + "_")
+
+
+def _position(text: str, index: int) -> int:
+    """Return where token number ``index`` starts; the end of the text if there is none."""
+    starts = [m.start() for m in _PIECE.finditer(text) if not (m[0].isspace() or m[0][0] == "#")]
+    return starts[index] if index < len(starts) else len(text)
 
 
 def _times(a: Polynomial, b: Polynomial) -> Polynomial:
+    if len(a) == 1 and len(b) == 1:
+        ((m1, c1),), ((m2, c2),) = a.items(), b.items()
+        if not m1 or not m2 or {name for name, _ in m1}.isdisjoint(name for name, _ in m2):
+            return {tuple(sorted(m1 + m2)): c1 * c2}
     out: Polynomial = {}
     for m1, c1 in a.items():
         for m2, c2 in b.items():
@@ -120,41 +130,38 @@ class _Parser:
     """Recursive descent; precedence from low to high: ``;``, ``|``, a relation, ``+``, ``*``, ``^``."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.tokens, self.index, self.program = text, list(_tokens(text)), 0, Program()
-
-    @property
-    def token(self) -> _Token:
-        return self.tokens[self.index]
+        self.text, self.tokens, self.index, self.program = text, _tokens(text), 0, Program()
 
     def fail(self, expected: str) -> ConstraintSyntaxError:
-        return ConstraintSyntaxError(f"expected {expected}, got {self.token.text!r}", self.text, self.token.position)
+        token = self.tokens[self.index]
+        got = "the end of the text" if token == _END else repr(token)
+        return ConstraintSyntaxError(f"expected {expected}, got {got}", self.text, _position(self.text, self.index))
 
-    def accept(self, *symbols: str) -> str | None:
-        if self.token.kind == "symbol" and self.token.text in symbols:
+    def accept(self, symbol: str) -> bool:
+        if self.tokens[self.index] == symbol:
             self.index += 1
-            return self.tokens[self.index - 1].text
-        return None
+            return True
+        return False
 
     def expect(self, symbol: str) -> None:
         if not self.accept(symbol):
             raise self.fail(repr(symbol))
 
     def source(self, start: int) -> str:
-        end = self.tokens[self.index - 1]
-        return " ".join(self.text[self.tokens[start].position : end.position + len(end.text)].split())
+        return " ".join(self.tokens[start : self.index])
 
     def program_(self) -> Program:
-        while self.token.kind != "end":
+        while self.tokens[self.index] != _END:
             if not self.accept(";"):
                 self.program.clauses.append(self.alternatives())
-                if self.token.kind != "end":
+                if self.tokens[self.index] != _END:
                     self.expect(";")
         return self.program
 
     def conjunction(self) -> Clause:
         start, parts = self.index, [self.alternatives()]
         while self.accept(";"):
-            if self.token.text == ")":
+            if self.tokens[self.index] == ")":
                 break
             parts.append(self.alternatives())
         return parts[0] if len(parts) == 1 else AllOf(tuple(parts), self.source(start))
@@ -168,7 +175,7 @@ class _Parser:
     def clause(self) -> Clause:
         """A relation, or clauses in parentheses; which of the two an opening one starts shows only later."""
         start = self.index
-        if self.token.text == "(" and self._encloses_clauses():
+        if self.tokens[start] == "(" and self._encloses_clauses():
             self.expect("(")
             inside = self.conjunction()
             self.expect(")")
@@ -177,27 +184,26 @@ class _Parser:
         if self.accept("%"):
             right = self.sum_()
             self.expect("==")
-            if self.token.text != "0":
+            if not self.accept("0"):
                 raise self.fail("0 (a divisibility reads a % b == 0)")
-            self.index += 1
             return Relation("%", left, right, self.source(start))
-        kind = self.accept("<=", "==")
-        if kind is None:
+        kind = "<=" if self.accept("<=") else "=="
+        if kind == "==" and not self.accept("=="):
             raise self.fail("'<=', '==' or '%'")
-        return Relation(kind, left, self.sum_(), self.source(start))  # pyright: ignore[reportArgumentType]
+        return Relation(kind, left, self.sum_(), self.source(start))
 
     def _encloses_clauses(self) -> bool:
         depth = 0
         for token in self.tokens[self.index :]:
-            depth += {"(": 1, ")": -1}.get(token.text, 0)
+            depth += {"(": 1, ")": -1}.get(token, 0)
             if depth == 0:
                 return False
-            if token.text in ("<=", "==", "%", "|", ";"):
+            if token in ("<=", "==", "%", "|", ";"):
                 return True
         return False
 
     def sum_(self) -> Polynomial:
-        out = dict(self.product())
+        out = self.product()
         while self.accept("+"):
             for monomial, coefficient in self.product().items():
                 out[monomial] = out.get(monomial, 0) + coefficient
@@ -206,22 +212,22 @@ class _Parser:
     def product(self) -> Polynomial:
         out = self.power()
         while self.accept("*"):
-            position, factor = self.token.position, self.power()
+            position, factor = self.index, self.power()
             if len(out) * len(factor) > _MAX_TERMS:
-                raise ConstraintSyntaxError(f"the product has more than {_MAX_TERMS} terms", self.text, position)
+                message = f"the product has more than {_MAX_TERMS} terms"
+                raise ConstraintSyntaxError(message, self.text, _position(self.text, position))
             out = _times(out, factor)
         return out
 
     def power(self) -> Polynomial:
-        base = self.atom()
+        start, base = self.index, self.atom()
         if not self.accept("^"):
             return base
-        if self.token.kind != "number" or int(self.token.text) < 1:
+        if not self.tokens[self.index].isdigit() or int(self.tokens[self.index]) < 1:
             raise self.fail("a positive integer exponent")
-        exponent = int(self.token.text)
-        self.index += 1
+        exponent = self.number()
         if len(base) > 1:  # a power of a sum: give the sum a name
-            base = {((self._helper(Relation("==", {}, base, self.source(self.index - 3))), 1),): 1}
+            base = {((self._helper(Relation("==", {}, base, self.source(start))), 1),): 1}
         ((monomial, coefficient),) = base.items()
         return {tuple((name, e * exponent) for name, e in monomial): coefficient**exponent}
 
@@ -233,14 +239,14 @@ class _Parser:
         return name
 
     def atom(self) -> Polynomial:
-        token = self.token
-        if token.kind == "name":
-            self.index += 1
-            if token.text not in self.program.names:
-                self.program.names.append(token.text)
-            return {((token.text, 1),): 1}
-        if token.kind == "number":
+        token = self.tokens[self.index]
+        if token.isdigit():
             return {(): self.number()}
+        if token.isidentifier():
+            self.index += 1
+            if token not in self.program.names:
+                self.program.names.append(token)
+            return {((token, 1),): 1}
         if self.accept("("):
             inside = self.sum_()
             self.expect(")")
@@ -254,12 +260,13 @@ class _Parser:
         raise self.fail("a name, a number, a list or '('")
 
     def number(self) -> int:
-        if self.token.kind != "number":
+        token = self.tokens[self.index]
+        if not token.isdigit():
             raise self.fail("a number")
-        if int(self.token.text) < 1:
-            raise ConstraintSyntaxError("numbers must be positive", self.text, self.token.position)
+        if int(token) < 1:
+            raise ConstraintSyntaxError("numbers must be positive", self.text, _position(self.text, self.index))
         self.index += 1
-        return int(self.tokens[self.index - 1].text)
+        return int(token)
 
 
 def parse(text: str, *, parentheses: Literal["honour", "strip"] = "honour") -> Program:

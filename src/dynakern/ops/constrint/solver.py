@@ -7,6 +7,7 @@ are those at the ends of the domains, and a relation turns into bounds of one va
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -91,8 +92,7 @@ class _Domains:
         low, high = max(low, old_low), min(high, old_high)
         values = self.values[v]
         if values is not None:
-            values = tuple(x for x in values if low <= x <= high)
-            return self.restrict(v, values)
+            return self.restrict(v, values[bisect_left(values, low) : bisect_right(values, high)])
         step = self.step[v]
         low, high = -(-low // step) * step, high // step * step
         if low > high:
@@ -119,8 +119,8 @@ class _Domains:
             low, high, step = self.low[v], self.high[v], self.step[v]
             values = tuple(x for x in _divisors(number) if low <= x <= high and x % step == 0)
         if exponent == 1:
-            return self.restrict(v, tuple(x for x in values if number % x == 0))
-        return self.restrict(v, tuple(x for x in values if number % x**exponent == 0))
+            return self.restrict(v, tuple([x for x in values if number % x == 0]))
+        return self.restrict(v, tuple([x for x in values if number % x**exponent == 0]))
 
     def multiples_of(self, v: int, number: int) -> bool:
         """Keep the multiples of ``number``."""
@@ -182,39 +182,56 @@ def _value(term: Term, ends: list[int]) -> int:
     return x
 
 
-def _at_most(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list[int]:
-    """Propagate ``left <= right``; return the variables that changed."""
-    low, high = d.low, d.high
-    total = limit = 0
-    for term in left:
-        total += _value(term, low)
-    for term in right:
-        limit += _value(term, high)
-    if total > limit:
+def _ends(d: _Domains, side: tuple[Term, ...]) -> tuple[int, int]:
+    """Return the smallest and the largest value of a side."""
+    low, high, least, most = d.low, d.high, 0, 0
+    for coefficient, powers in side:
+        a = b = coefficient
+        for v, e in powers:
+            if e == 1:
+                a *= low[v]
+                b *= high[v]
+            else:
+                a *= low[v] ** e
+                b *= high[v] ** e
+        least += a
+        most += b
+    return least, most
+
+
+def _within(d: _Domains, side: tuple[Term, ...], ends: tuple[int, int], floor: int, ceiling: int) -> list[int]:
+    """Propagate that a side, whose ends are given, lies in [floor, ceiling]; return the variables that changed."""
+    least, most = ends
+    if least >= floor and most <= ceiling:
+        return []
+    if least > ceiling or most < floor:
         raise _Fail
-    changed = []
-    for term in left:
-        at_least = _value(term, low)
-        room = limit - total + at_least  # the largest value that this term may take
+    low, high, changed = d.low, d.high, []
+    for term in side:
+        at_least, at_most = _value(term, low), _value(term, high)
+        room, need = ceiling - least + at_least, floor - most + at_most  # the largest and smallest value of this term
         for v, e in term[1]:
             v_low, v_high = low[v], high[v]
-            if v_low != v_high:
+            if v_low == v_high:
+                continue
+            new_low, new_high = 1, v_high
+            if at_most > room:
                 rest = at_least // (v_low if e == 1 else v_low**e)
-                if rest * (v_high if e == 1 else v_high**e) > room and d.bound(v, 1, _root(room // rest, e)):
-                    changed.append(v)
-    for term in right:
-        at_most = _value(term, high)
-        need = total - limit + at_most  # the smallest value that this term may take
-        if need <= 1:
-            continue
-        for v, e in term[1]:
-            v_low, v_high = low[v], high[v]
-            if v_low != v_high:
+                new_high = _root(room // rest, e)
+            if at_least < need:
                 rest = at_most // (v_high if e == 1 else v_high**e)
-                short = rest * (v_low if e == 1 else v_low**e) < need
-                if short and d.bound(v, _root(-(-need // rest) - 1, e) + 1, v_high):
-                    changed.append(v)
+                new_low = _root(-(-need // rest) - 1, e) + 1
+            if (new_low > v_low or new_high < v_high) and d.bound(v, new_low, new_high):
+                changed.append(v)
     return changed
+
+
+def _at_most(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list[int]:
+    """Propagate ``left <= right``."""
+    small, large = _ends(d, left), _ends(d, right)
+    if small[0] > large[1]:
+        raise _Fail
+    return _within(d, left, small, 0, large[1]) + _within(d, right, large, small[0], large[1])
 
 
 def _divides(d: _Domains, term: Term, number: int) -> list[int]:
@@ -235,16 +252,6 @@ def _divides(d: _Domains, term: Term, number: int) -> list[int]:
     return changed
 
 
-def _fixed(d: _Domains, terms: tuple[Term, ...]) -> int | None:
-    """Return the value of a side all of whose variables are fixed."""
-    low, high = d.low, d.high
-    for _, powers in terms:
-        for v, _ in powers:
-            if low[v] != high[v]:
-                return None
-    return sum(_value(term, low) for term in terms)
-
-
 def _multiple(d: _Domains, terms: tuple[Term, ...], number: int) -> list[int]:
     """Propagate that one term is a multiple of a fixed number; acts when one variable is free, to the first power."""
     if len(terms) > 1:
@@ -260,13 +267,16 @@ def _multiple(d: _Domains, terms: tuple[Term, ...], number: int) -> list[int]:
 
 
 def _equal(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list[int]:
-    changed = _at_most(d, left, right)
-    changed += _at_most(d, right, left)
-    for one, other in ((left, right), (right, left)):
+    """Propagate ``left == right``."""
+    a, b = _ends(d, left), _ends(d, right)
+    floor, ceiling = max(a[0], b[0]), min(a[1], b[1])
+    if floor > ceiling:
+        raise _Fail
+    changed = _within(d, left, a, floor, ceiling) + _within(d, right, b, floor, ceiling)
+    for one, other, ends in ((left, right, b), (right, left, a)):
         if len(one) == 1 and one[0][1]:
-            number = _fixed(d, other)
-            if number is not None:
-                changed += _divides(d, one[0], number)
+            if ends[0] == ends[1]:  # the other side is a number
+                changed += _divides(d, one[0], ends[0])
             elif len(other) == 1:  # a common factor of the other side must be found on this one
                 factor = other[0][0]
                 for v, e in other[0][1]:
@@ -277,15 +287,17 @@ def _equal(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list
 
 def _divisible(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list[int]:
     """Propagate ``left % right == 0``."""
-    changed = _at_most(d, right, left)
-    dividend, divisor = _fixed(d, left), _fixed(d, right)
-    if dividend is not None and divisor is not None:
-        if dividend % divisor:
+    a, b = _ends(d, left), _ends(d, right)
+    if b[0] > a[1]:
+        raise _Fail
+    changed = _within(d, left, a, b[0], a[1]) + _within(d, right, b, 0, a[1])
+    if a[0] == a[1] and b[0] == b[1]:
+        if a[0] % b[0]:
             raise _Fail
-    elif dividend is not None and len(right) == 1:
-        changed += _divides(d, right[0], dividend)
-    elif divisor is not None:
-        changed += _multiple(d, left, divisor)
+    elif a[0] == a[1] and len(right) == 1:
+        changed += _divides(d, right[0], a[0])
+    elif b[0] == b[1]:
+        changed += _multiple(d, left, b[0])
     return changed
 
 
