@@ -128,7 +128,10 @@ SYSTEMS: tuple[System, ...] = (
             "dynakern.ops:stl",
         ),
         variants=("tempo", "tempo_small"),
-        tasks={"forecast": "dynakern.sequence.tempo:forecaster"},
+        tasks={
+            "forecast": "dynakern.sequence.tempo:forecaster",
+            "classify-series": "dynakern.sequence.tempo:series_classifier",
+        },
         golden="tempo",
     ),
     System(

@@ -1,6 +1,8 @@
 """Small TEMPO networks for the conformance suite."""
 
-from dynakern.sequence.tempo import forecaster, tempo_small
+import torch
+
+from dynakern.sequence.tempo import forecaster, series_classifier, tempo_small
 from dynakern.testing import randn
 from tests.conformance.example import Example
 
@@ -37,5 +39,10 @@ EXAMPLES = [
         name="forecast",
         build=lambda: forecaster(channels=3, context=30, horizon=7, time_features=0),
         inputs=lambda dtype: (randn(2, 30, 3, dtype=dtype, requires_grad=False),),
+    ),
+    Example(
+        name="classify",
+        build=lambda: series_classifier(channels=3, length=30, classes=4),
+        inputs=lambda dtype: (randn(2, 30, 3, dtype=dtype, requires_grad=False), torch.tensor([30, 21])),
     ),
 ]  # fmt: skip

@@ -9,7 +9,14 @@ import torch
 from dynakern import create_model, load_official
 from dynakern.ops import stl
 from dynakern.sequence import TEMPO
-from dynakern.sequence.tempo import PROMPT_TOKENS, PromptPool, SeriesParts, convert_state_dict, tempo_small
+from dynakern.sequence.tempo import (
+    PROMPT_TOKENS,
+    PromptPool,
+    SeriesParts,
+    convert_state_dict,
+    series_classifier,
+    tempo_small,
+)
 from dynakern.testing import assert_same, randn
 
 SIZES = {
@@ -190,6 +197,23 @@ def test_training_with_stl_targets_reduces_the_loss():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("length", [30, 1100])  # the longer one is averaged over blocks of three steps
+def test_classifier_ignores_what_follows_a_series(length):
+    torch.manual_seed(0)
+    model = series_classifier(channels=2, length=length, classes=3).eval()
+    x = randn(2, length, 2, requires_grad=False)
+    model = model.double()
+    lengths = torch.tensor([length, length // 2])
+    other = x.clone()
+    other[1, length // 2 :] = 7.0
+    with torch.no_grad():
+        assert_same(model(other, lengths), model(x, lengths))
+        assert_same(model(x[1:, : length // 2]), model(x, lengths)[1:])
+        assert float((model(2 * x, lengths) - model(x, lengths)).abs().max()) > 1e-3  # the scale is a feature
+    with pytest.raises(ValueError, match=f"at most {length} steps"):
+        model(torch.cat([x, x], 1))
 
 
 def test_refusals():

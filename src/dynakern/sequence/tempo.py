@@ -9,10 +9,10 @@ Paper: Cao, Jia, Arik, Pfister, Zheng, Ye and Liu, 2024, "TEMPO: Prompt-based Ge
 Time Series Forecasting", arXiv:2310.04948. Official code: https://github.com/DC-research/TEMPO.
 
 Implemented: semi-soft text prompts (token numbers built in), prompt pool, no prompt; decomposition loss; Student-t head
-and quantiles; roll-out beyond the horizon; equivariant ``predict``; GPT-2 weights from a path. No pre-trained weights
-come with this library: without them the network trains from scratch, at a size of your choice, and none of the paper's
-zero-shot figures can be expected. The Fourier module and the further maps that the official state dict holds but never
-uses are left out.
+and quantiles; roll-out beyond the horizon; equivariant ``predict``; GPT-2 weights from a path; a classifier of series,
+which is ours. No pre-trained weights come with this library: without them the network trains from scratch, at a size of
+your choice, and none of the paper's zero-shot figures can be expected. The Fourier module and the further maps that the
+official state dict holds but never uses are left out.
 
 Example:
     >>> import torch
@@ -537,3 +537,60 @@ def forecaster(*, channels: int, context: int, horizon: int, time_features: int)
     return _ChannelIndependent(
         tempo_small(seq_len=context, pred_len=horizon, patch_size=patch, stride=max(1, patch // 2))
     )
+
+
+_LONGEST = 512  # steps that a classifier keeps: the map of the season has 8 L^2 weights
+
+
+class _Classifier(nn.Module):
+    """Read every channel by TEMPO, whose heads write features instead of forecasts, and classify all of them.
+
+    The mean and the scale of a channel, which normalising removes, are features too. A series that ends early
+    goes on with its last value, and patches beyond its end do not count. More than 512 steps are averaged over blocks.
+    """
+
+    def __init__(self, channels: int, length: int, classes: int, features: int = 16) -> None:
+        super().__init__()
+        self.length, self.block = length, -(-length // _LONGEST)
+        steps = max(3, -(-length // self.block))
+        patch = min(16, max(2, steps // 3))
+        self.network = tempo_small(seq_len=steps, pred_len=features, patch_size=patch, stride=max(1, patch // 2))
+        self.head = nn.Linear(channels * (features + 2), classes)
+
+    def _rows(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return block means of all channels, ``(B, C, steps)``, and which are within the series, ``(B, 1, steps)``."""
+        steps = self.network.seq_len * self.block
+        x = F.pad(x.transpose(1, 2), (0, steps - x.shape[1]))
+        within = (torch.arange(steps, device=x.device) < lengths[:, None]).to(x.dtype).unsqueeze(1)
+        x, weight = (v.unflatten(-1, (-1, self.block)).sum(-1) for v in (x * within, within))
+        return x / weight.clamp_min(1), weight > 0
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if x.shape[1] > self.length:
+            raise ValueError(f"`x` must have at most {self.length} steps, got shape {tuple(x.shape)}.")
+        lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+        rows, valid = self._rows(x, lengths)
+        count = valid.sum(-1, keepdim=True)
+        mean = (rows * valid).sum(-1, keepdim=True) / count
+        sd = torch.sqrt(((rows - mean).square() * valid).sum(-1, keepdim=True) / count + 1e-5)
+        normal = (rows - mean) / sd
+        last = normal.gather(-1, (count - 1).expand(-1, x.shape[2], -1))
+        network = self.network
+        normal = torch.where(valid, normal, last) * network.affine[0] + network.affine[1]
+        hidden, _ = network._hidden(network._split(normal.flatten(0, 1).unsqueeze(-1)))  # (B C, T + P, d) a part
+        starts = torch.arange(network.num_patches, device=x.device) * network.stride
+        used = (starts < count[:, 0]).repeat_interleave(x.shape[2], 0).unsqueeze(-1)  # (B C, P, 1)
+        found = [
+            network.out_layer[p]((h[:, -network.num_patches :] * used).flatten(1))
+            for p, h in zip(PARTS, hidden, strict=True)
+        ]
+        features = torch.stack(found).sum(0).unflatten(0, (len(x), -1))
+        return self.head(torch.cat([features, mean, sd.log()], -1).flatten(1))
+
+
+def series_classifier(*, channels: int, length: int, classes: int) -> nn.Module:
+    """Build the competitor of ``dynakern compare classify-series`` from the small preset.
+
+    The module maps ``x (B, L, C)`` and ``lengths (B,) | None`` to logits ``(B, classes)``.
+    """
+    return _Classifier(channels, length, classes)
