@@ -90,3 +90,51 @@ def test_export(example):
     with torch.no_grad():
         exported = torch.export.export(model, inputs).module()
         assert_same(first(exported(*inputs)), first(model(*inputs)), rtol=1e-4)
+
+
+def _noisy_norms(model):
+    """Give batch norms statistics of their own, as training would."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def test_fused_network_is_the_same_function(example):
+    model = example.build()
+    if not hasattr(model, "fuse"):
+        pytest.skip("the network has nothing to fuse")
+    model, inputs = _noisy_norms(model.double()), example.inputs(torch.float64)
+    with pytest.raises(RuntimeError, match=r"\.eval\(\)"):
+        model.train().fuse()
+    with torch.no_grad():
+        expected = first(model.eval()(*inputs))
+        fused = model.fuse()
+        assert_same(first(fused(*inputs)), expected, rtol=1e-8)
+        assert torch.equal(first(model(*inputs)), expected)  # the network itself is left as it was
+
+
+def test_channels_last_and_bfloat16(example):
+    if not example.image:
+        pytest.skip("no image network")
+    model, inputs = example.build().eval(), example.inputs(torch.float32)
+    with torch.no_grad():
+        expected = first(model(*inputs))
+        laid_out = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
+        assert_same(first(model.to(memory_format=torch.channels_last)(*laid_out)), expected, rtol=1e-4)
+        half = first(model.bfloat16()(*(x.bfloat16() for x in inputs)))
+    assert half.dtype == torch.bfloat16
+    assert_same(half.float(), expected, rtol=0.1)
+
+
+def test_maps_of_the_stages(example):
+    model, inputs = example.build().eval(), example.inputs(torch.float32)
+    if not (example.image and hasattr(model, "forward_features")):
+        pytest.skip("no image network with maps")
+    with torch.no_grad():
+        last, maps = model.forward_features(*inputs), model.forward_intermediates(*inputs)
+        assert all(m.ndim == 4 and len(m) == len(inputs[0]) for m in [last, *maps])
+        assert len(maps) >= 2
+        assert last.shape == maps[-1].shape
+        assert_same(model.forward_head(last), first(model(*inputs)), rtol=1e-5)

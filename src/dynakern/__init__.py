@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dynakern import checks, claims, compare, data, layers, measure, ops, sequence, tasks, testing, train
+    from dynakern import checks, claims, compare, data, layers, measure, ops, sequence, tasks, testing, train, vision
     from dynakern.models import create_model, list_models, load_official, model_info
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "tasks",
     "testing",
     "train",
+    "vision",
 ]
 
 _FUNCTIONS = ("create_model", "list_models", "load_official", "model_info")

@@ -19,6 +19,8 @@ class Example:
         inputs: Makes the forward arguments for a dtype; axis 0 of every tensor is the batch, of size >= 2.
         batch_independent: Whether a row of the batch must not depend on its companions (in eval mode).
         export: Whether the module must pass ``torch.export`` and ``torch.compile``.
+        image: Whether the input is an image map ``(B, C, H, W)``; such a network must also take channels-last
+            memory and bfloat16, and give maps by ``forward_features`` if it has that.
         unused: Parameters that rightly get no gradient in such a forward, by prefix, each with a reason in a comment.
     """
 
@@ -27,4 +29,5 @@ class Example:
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]
     batch_independent: bool = True
     export: bool = True
+    image: bool = False
     unused: tuple[str, ...] = ()
