@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dynakern.ops import dtw
-from dynakern.tasks.classify_series_task import BaselineFactory, NetworkClassifier
+from dynakern.tasks.classification import NetworkClassifier
+from dynakern.tasks.classify_series import SeriesClassifier
+from dynakern.tasks.classify_series_task import BaselineFactory
 from dynakern.tasks.forecast import FitReport, Progress
 from dynakern.train import Budget
 
@@ -169,5 +171,5 @@ def _lstm(*, channels: int, length: int, classes: int) -> RecurrentClassifier:
 BASELINES: dict[str, BaselineFactory] = {
     "dtw_1nn": lambda longest: NearestNeighbourDTW(),
     "random_kernels": lambda longest: RandomKernels(),
-    "lstm": lambda longest: NetworkClassifier(_lstm, longest),
+    "lstm": lambda longest: NetworkClassifier(SeriesClassifier(_lstm, length=longest)),
 }

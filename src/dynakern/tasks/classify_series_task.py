@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +13,20 @@ import numpy as np
 from dynakern import measure, train
 from dynakern.checks import check_choice, check_positive, unknown_name
 from dynakern.data.labelled import LabelledSeries, log_spectrogram
+from dynakern.tasks.classification import (
+    NetworkClassifier,
+    classification_scores,
+    draw_confusion,
+    stratified_quarter,
+)
 from dynakern.tasks.classify_series import SeriesClassifier
 from dynakern.tasks.forecast import Cost, FitReport, Outcome, Progress
-from dynakern.tasks.networks import Factory, systems_for
+from dynakern.tasks.networks import systems_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ClassifySeriesTask", "NetworkClassifier", "SeriesCompetitor"]
+__all__ = ["ClassifySeriesTask", "SeriesCompetitor"]
 
 
 class SeriesCompetitor(Protocol):
@@ -87,11 +92,7 @@ class ClassifySeriesTask:
         """Which series are the test part, ``(N,)``."""
         if self.data.is_test is not None:
             return self.data.is_test
-        rng, chosen = np.random.default_rng(0), np.zeros(len(self.data.labels), dtype=bool)
-        for label in self.classes:
-            members = rng.permutation(np.flatnonzero(self.data.labels == label))
-            chosen[members[: max(1, round(0.25 * len(members)))]] = True
-        return chosen
+        return stratified_quarter(self.data.labels)
 
     @cached_property
     def prepared(self) -> list[np.ndarray]:
@@ -178,7 +179,7 @@ class ClassifySeriesTask:
             return BASELINES[name](self.longest)
         if name not in self.competitors():
             raise ValueError(unknown_name("system", name, self.competitors()))
-        return NetworkClassifier(name, self.longest)
+        return NetworkClassifier(SeriesClassifier(name, length=self.longest))
 
     def run(
         self, name: str, *, seed: int, budget: train.Budget, device: str | None = None, progress: Progress | None = None
@@ -189,17 +190,9 @@ class ClassifySeriesTask:
         report = competitor.fit(series, y, seed=seed, budget=budget, device=device, progress=progress)
         series, y = self.part(test=True)
         probabilities = competitor.predict_proba(series)
-        if not np.isfinite(probabilities).all():
-            raise FloatingPointError(f"The probabilities of {name} are not finite.")
-        predicted = probabilities.argmax(1)
-        per_class = [float((predicted[y == c] != c).mean()) for c in np.unique(y)]
-        metrics = {
-            "error": float((predicted != y).mean()),
-            "balanced error": float(np.mean(per_class)),
-            "log_loss": float(-np.log(probabilities[np.arange(len(y)), y].clip(1e-12)).mean()),
-        }
+        metrics = classification_scores(probabilities, y)
         weights = competitor.to_bytes() if isinstance(competitor, NetworkClassifier) else None
-        return Outcome(metrics, report, weights, predicted.astype(np.int64))
+        return Outcome(metrics, report, weights, probabilities.argmax(1).astype(np.int64))
 
     def draw(self, predictions: dict[str, np.ndarray]) -> Figure:
         """Draw the confusion matrices of the best three competitors.
@@ -207,28 +200,7 @@ class ClassifySeriesTask:
         Args:
             predictions: Competitor to its predicted class numbers of the test series.
         """
-        from matplotlib.figure import Figure
-
-        _, y = self.part(test=True)
-        shown = dict(list(predictions.items())[:3])
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
-        axes = figure.subplots(1, len(shown), squeeze=False)[0]
-        size = len(self.classes)
-        for axis, (name, predicted) in zip(axes, shown.items(), strict=True):
-            matrix = np.zeros((size, size))
-            np.add.at(matrix, (y, predicted), 1)
-            share = matrix / matrix.sum(1, keepdims=True).clip(1)
-            axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-            axis.set_title(name, fontsize=10)
-            axis.set_xlabel("predicted")
-            axis.set_xticks(range(size), self.classes, rotation=45 if size > 6 else 0, fontsize=8)
-            axis.set_yticks(range(size), self.classes, fontsize=8)
-            if size <= 12:
-                for i, j in np.ndindex(size, size):
-                    color = "white" if share[i, j] > 0.5 else "0.2"
-                    axis.text(j, i, f"{int(matrix[i, j])}", ha="center", va="center", fontsize=8, color=color)
-        axes[0].set_ylabel("true")
-        return figure
+        return draw_confusion(predictions, self.part(test=True)[1], self.classes)
 
     def cost(self, name: str, *, seed: int, weights: bytes | None, device: str | None = None) -> Cost:
         """Measure what a trained competitor costs to use; baselines without a network are fitted again first."""
@@ -256,58 +228,6 @@ def _block_means(row: np.ndarray, block: int) -> np.ndarray:
     starts = np.arange(0, len(row), block)
     sizes = np.diff(np.append(starts, len(row)))
     return np.add.reduceat(row, starts, axis=0) / sizes[:, None]
-
-
-class NetworkClassifier:
-    """A deep network as a competitor, trained by :class:`~dynakern.tasks.SeriesClassifier`.
-
-    Args:
-        system: Slug, or factory ``f(*, channels, length, classes) -> Module``.
-        length: Longest series of the whole task, training and test.
-    """
-
-    def __init__(self, system: str | Factory, length: int) -> None:
-        self.system, self.length = system, length
-        self.model = SeriesClassifier(system)
-
-    def fit(
-        self,
-        series: list[np.ndarray],
-        y: np.ndarray,
-        *,
-        seed: int,
-        budget: train.Budget,
-        device: str | None = None,
-        progress: Progress | None = None,
-    ) -> FitReport:
-        """Train a network built from ``seed``; returns what it took."""
-        started = time.perf_counter()
-        longest = max(self.length, *(len(row) for row in series))
-        self.model = SeriesClassifier(self.system, budget=str(budget), length=longest, device=device, random_state=seed)
-        self.model._fit(series, y, progress)
-        history = self.model.history_
-        return FitReport(time.perf_counter() - started, len(history.epochs), history.steps)
-
-    def predict_proba(self, series: list[np.ndarray]) -> np.ndarray:
-        """Return class probabilities, ``(N, classes)``."""
-        return self.model.predict_proba(series)
-
-    def to_bytes(self) -> bytes:
-        """Return the network's weights as the content of a safetensors file."""
-        from safetensors.torch import save
-
-        return save({k: v.detach().cpu().contiguous() for k, v in self.model.network_.state_dict().items()})
-
-    def load_bytes(self, task: ClassifySeriesTask, weights: bytes, *, device: str | None = None) -> None:
-        """Build the network for a task and load weights from :meth:`to_bytes`."""
-        from safetensors.torch import load
-
-        series, y = task.part(test=False)
-        self.model = SeriesClassifier(self.system, length=self.length, device=device)
-        self.model._prepare(series, y)
-        self.model.network_ = self.model._build()
-        self.model.network_.load_state_dict(load(weights))
-        self.model.network_.to(device or "cpu").eval()
 
 
 BaselineFactory = Callable[[int], SeriesCompetitor]
