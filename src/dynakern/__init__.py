@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dynakern import checks, claims, compare, data, layers, measure, ops, sequence, tasks, testing, train, vision
+    from dynakern import (
+        checks,
+        claims,
+        compare,
+        data,
+        layers,
+        lens,
+        measure,
+        ops,
+        sequence,
+        tasks,
+        testing,
+        train,
+        vision,
+    )
     from dynakern.models import create_model, list_models, load_official, model_info
 
 __all__ = [
@@ -25,6 +39,7 @@ __all__ = [
     "create_model",
     "data",
     "layers",
+    "lens",
     "list_models",
     "load_official",
     "measure",

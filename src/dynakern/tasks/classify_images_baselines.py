@@ -105,7 +105,8 @@ def _convnext(*, in_chans: int, img_size: int, num_classes: int, width: float = 
 
 
 def _resnet(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> ResNet:
-    return resnet20(in_chans=in_chans, num_classes=num_classes, width=width)
+    widths = tuple(max(4, round(c * width)) for c in (16, 32, 64))
+    return resnet20(in_chans=in_chans, num_classes=num_classes, widths=widths)
 
 
 BASELINES: dict[str, Any] = {"logistic": LogisticPixels, "resnet": _resnet, "convnext": _convnext}

@@ -208,7 +208,7 @@ def _within(d: _Domains, side: tuple[Term, ...], ends: tuple[int, int], floor: i
         raise _Fail
     low, high, changed = d.low, d.high, []
     for term in side:
-        at_least, at_most = _value(term, low), _value(term, high)
+        at_least, at_most = ends if len(side) == 1 else (_value(term, low), _value(term, high))
         room, need = ceiling - least + at_least, floor - most + at_most  # the largest and smallest value of this term
         for v, e in term[1]:
             v_low, v_high = low[v], high[v]
@@ -254,16 +254,27 @@ def _divides(d: _Domains, term: Term, number: int) -> list[int]:
 
 def _multiple(d: _Domains, terms: tuple[Term, ...], number: int) -> list[int]:
     """Propagate that one term is a multiple of a fixed number; acts when one variable is free, to the first power."""
+    v = _only_free(d, terms)
+    if v is None:
+        return []
+    coefficient, powers = terms[0]
+    for w, e in powers:
+        if w != v:
+            coefficient *= d.low[w] ** e
+    return [v] if d.multiples_of(v, number // math.gcd(number, coefficient)) else []
+
+
+def _only_free(d: _Domains, terms: tuple[Term, ...]) -> int | None:
+    """Return the variable of a side of one term if it is the only free one and comes to the first power."""
     if len(terms) > 1:
-        return []
-    coefficient, powers = terms[0]  # pyright: ignore[reportGeneralTypeIssues]
-    free = [(v, e) for v, e in powers if d.low[v] != d.high[v]]
-    if len(free) != 1 or free[0][1] != 1:
-        return []
-    for v, e in powers:
-        if v != free[0][0]:
-            coefficient *= d.low[v] ** e
-    return [free[0][0]] if d.multiples_of(free[0][0], number // math.gcd(number, coefficient)) else []
+        return None
+    low, high, found = d.low, d.high, None
+    for v, e in terms[0][1]:
+        if low[v] != high[v]:
+            if found is not None or e != 1:
+                return None
+            found = v
+    return found
 
 
 def _equal(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list[int]:
@@ -272,12 +283,15 @@ def _equal(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list
     floor, ceiling = max(a[0], b[0]), min(a[1], b[1])
     if floor > ceiling:
         raise _Fail
+    if a == b and floor == ceiling:  # all is fixed
+        return []
     changed = _within(d, left, a, floor, ceiling) + _within(d, right, b, floor, ceiling)
     for one, other, ends in ((left, right, b), (right, left, a)):
         if len(one) == 1 and one[0][1]:
             if ends[0] == ends[1]:  # the other side is a number
                 changed += _divides(d, one[0], ends[0])
-            elif len(other) == 1:  # a common factor of the other side must be found on this one
+            elif len(other) == 1 and _only_free(d, one) is not None:
+                # a common factor of the other side must be found on this one
                 factor = other[0][0]
                 for v, e in other[0][1]:
                     factor *= d.low[v] ** e if d.low[v] == d.high[v] else d.step[v] ** e
