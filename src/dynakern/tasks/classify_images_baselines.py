@@ -100,12 +100,12 @@ class ConvNeXt(nn.Module):
 
 
 def _convnext(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> ConvNeXt:
-    channels = tuple(max(4, round(c * width)) for c in (32, 64, 128))
+    channels = tuple(max(1, round(c * width)) for c in (32, 64, 128))
     return ConvNeXt(in_chans=in_chans, num_classes=num_classes, channels=channels, patch=2 if img_size <= 64 else 4)
 
 
 def _resnet(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> ResNet:
-    widths = tuple(max(4, round(c * width)) for c in (16, 32, 64))
+    widths = tuple(max(1, round(c * width)) for c in (16, 32, 64))
     return resnet20(in_chans=in_chans, num_classes=num_classes, widths=widths)
 
 

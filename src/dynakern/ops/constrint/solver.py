@@ -203,7 +203,7 @@ def _within(d: _Domains, side: tuple[Term, ...], ends: tuple[int, int], floor: i
     """Propagate that a side, whose ends are given, lies in [floor, ceiling]; return the variables that changed."""
     least, most = ends
     if least >= floor and most <= ceiling:
-        return []
+        return []  # a list of its own: callers add to it
     if least > ceiling or most < floor:
         raise _Fail
     low, high, changed = d.low, d.high, []
@@ -231,7 +231,8 @@ def _at_most(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> li
     small, large = _ends(d, left), _ends(d, right)
     if small[0] > large[1]:
         raise _Fail
-    return _within(d, left, small, 0, large[1]) + _within(d, right, large, small[0], large[1])
+    changed = _within(d, left, small, 0, large[1])
+    return changed + _within(d, right, _ends(d, right) if changed else large, small[0], large[1])
 
 
 def _divides(d: _Domains, term: Term, number: int) -> list[int]:
@@ -285,7 +286,10 @@ def _equal(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> list
         raise _Fail
     if a == b and floor == ceiling:  # all is fixed
         return []
-    changed = _within(d, left, a, floor, ceiling) + _within(d, right, b, floor, ceiling)
+    changed = _within(d, left, a, floor, ceiling)
+    if changed:  # a variable may be on both sides
+        b = _ends(d, right)
+    changed += _within(d, right, b, floor, ceiling)
     for one, other, ends in ((left, right, b), (right, left, a)):
         if len(one) == 1 and one[0][1]:
             if ends[0] == ends[1]:  # the other side is a number
@@ -304,7 +308,10 @@ def _divisible(d: _Domains, left: tuple[Term, ...], right: tuple[Term, ...]) -> 
     a, b = _ends(d, left), _ends(d, right)
     if b[0] > a[1]:
         raise _Fail
-    changed = _within(d, left, a, b[0], a[1]) + _within(d, right, b, 0, a[1])
+    changed = _within(d, left, a, b[0], a[1])
+    if changed:
+        b = _ends(d, right)
+    changed += _within(d, right, b, 0, a[1])
     if a[0] == a[1] and b[0] == b[1]:
         if a[0] % b[0]:
             raise _Fail
@@ -367,8 +374,10 @@ def _fixpoint(d: _Domains, network: _Network, start: int | None, budget: _Budget
         else:
             changed = _either(d, constraint, budget)
         for v in changed:
+            fixed = d.low[v] == d.high[v]
             for j in watch[v]:
-                if j not in queued:
+                # A constraint that shrank a domain looks again only at what it fixed: that must be checked.
+                if j not in queued and (j != i or fixed):
                     queued.add(j)
                     waiting.append(j)
 
