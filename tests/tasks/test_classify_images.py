@@ -11,10 +11,11 @@ from torch import nn
 
 from dynakern.compare import run_comparison, write_report
 from dynakern.data.images import LabelledImages, load_digits
+from dynakern.layers.convnext import ConvNeXt
 from dynakern.measure import count_flops, count_parameters
 from dynakern.tasks import ImageClassifier
 from dynakern.tasks.classify_images import _augmented
-from dynakern.tasks.classify_images_baselines import BASELINES, ConvNeXt
+from dynakern.tasks.classify_images_baselines import BASELINES
 from dynakern.tasks.classify_images_task import ClassifyImagesTask, Match, matched_width
 from dynakern.train import Budget
 from tests.test_cli import run, run_here
@@ -22,7 +23,8 @@ from tests.test_cli import run, run_here
 
 def small(*, in_chans, img_size, num_classes, width=1.0):
     channels = tuple(max(1, round(c * width)) for c in (8, 16))
-    return ConvNeXt(in_chans=in_chans, num_classes=num_classes, channels=channels, depths=(1, 1))
+    options = {"in_chans": in_chans, "num_classes": num_classes, "patch_size": 2, "layer_scale": None}
+    return ConvNeXt((1, 1), channels, **options)
 
 
 def toy(n=80, seed=0, test=20, channels=1):

@@ -7,15 +7,13 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from dynakern.layers.convnext import ConvNeXt
 from dynakern.layers.resnet import ResNet, resnet20
-from dynakern.layers.vision import LayerNorm2d, init_truncated_normal
 from dynakern.tasks.forecast import FitReport, Progress
 from dynakern.train import Budget
 
-__all__ = ["BASELINES", "ConvNeXt", "LogisticPixels"]
+__all__ = ["BASELINES", "LogisticPixels"]
 
 
 class LogisticPixels:
@@ -49,59 +47,16 @@ class LogisticPixels:
         return self.model.predict_proba(X.reshape(len(X), -1))
 
 
-class _Block(nn.Module):
-    """Depthwise 7 x 7, norm, two linear maps of each pixel, layer scale, residual."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pwconv1, self.pwconv2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        return x + self.pwconv2(F.gelu(self.pwconv1(y))).permute(0, 3, 1, 2)
-
-
-class ConvNeXt(nn.Module):
-    """A ConvNeXt of three stages for small images, without layer scale.
-
-    Args:
-        in_chans: Channels of the images.
-        num_classes: Number of classes.
-        channels: Channels of the three stages.
-        depths: Blocks of the three stages.
-        patch: Side of the first patches.
-
-    Source: Liu et al., 2022, "A ConvNet for the 2020s", arXiv:2201.03545.
-    """
-
-    def __init__(
-        self,
-        *,
-        in_chans: int,
-        num_classes: int,
-        channels: tuple[int, ...] = (32, 64, 128),
-        depths: tuple[int, ...] = (2, 2, 2),
-        patch: int = 2,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(in_chans, channels[0], patch, stride=patch), LayerNorm2d(channels[0])]
-        for stage, (width, depth) in enumerate(zip(channels, depths, strict=True)):
-            if stage:
-                layers += [LayerNorm2d(channels[stage - 1]), nn.Conv2d(channels[stage - 1], width, 2, stride=2)]
-            layers += [_Block(width) for _ in range(depth)]
-        self.stages = nn.Sequential(*layers).apply(init_truncated_normal)
-        self.norm, self.head = nn.LayerNorm(channels[-1], eps=1e-6), nn.Linear(channels[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images ``(B, C, S, S)`` to logits ``(B, num_classes)``."""
-        return self.head(self.norm(self.stages(x).mean((2, 3))))
-
-
 def _convnext(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> ConvNeXt:
     channels = tuple(max(1, round(c * width)) for c in (32, 64, 128))
-    return ConvNeXt(in_chans=in_chans, num_classes=num_classes, channels=channels, patch=2 if img_size <= 64 else 4)
+    return ConvNeXt(
+        (2, 2, 2),
+        channels,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        patch_size=2 if img_size <= 64 else 4,
+        layer_scale=None,
+    )
 
 
 def _resnet(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> ResNet:
