@@ -9,6 +9,7 @@ from torch import nn
 from dynakern.layers.vision import (
     DropPath,
     LayerNorm2d,
+    cache_key,
     check_fusable,
     drop_path_rates,
     fuse_conv_norm,
@@ -84,3 +85,18 @@ def test_initialisation_touches_maps_only():
     assert abs(float(network[0].weight.detach().std()) - 0.02) < 0.002
     assert float(network[0].bias.detach().abs().max()) == 0
     assert float(network[1].weight.detach().min()) == 1
+
+
+def test_what_is_kept_follows_the_parameters():
+    p = nn.Parameter(torch.zeros(2))
+    assert cache_key(p) is None  # gradients are recorded
+    with torch.no_grad():
+        key = cache_key(p)
+        assert key == cache_key(p)
+        p.add_(1)
+        assert cache_key(p) != key
+        assert cache_key(p.data.clone()) != cache_key(p)
+        assert torch.func.vmap(lambda x: x + (cache_key(p) is None))(torch.zeros(2)).tolist() == [1, 1]
+    with torch.inference_mode():
+        assert cache_key(torch.zeros(2)) is None
+        assert cache_key(p) is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 
 import pytest
 import torch
 
-from dynakern.ops import scan2d
+from dynakern.ops import explain_backend, scan2d
 from dynakern.testing import assert_same, grads, randn
 
 
@@ -79,5 +81,34 @@ def test_refusals():
         scan2d(*(x[:0] for x in c))
     with pytest.raises(TypeError, match="`b2` must have a floating-point"):
         scan2d(*c[:5], torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(NotImplementedError, match="no gpu engine"):
+    with pytest.raises(NotImplementedError, match="gpu engine cannot run: it does not take tensors on 'cpu'"):
         scan2d(*c, backend="gpu")
+
+
+def test_no_lanes():
+    c = coefficients(2, 3, 0)
+    assert_same(scan2d(*c, backend="cpu"), scan2d(*c, backend="reference"))
+
+
+def test_a_gpu_without_triton_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(sys.modules["dynakern.ops.scan2d"], "_HAS_TRITON", False)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    choice = explain_backend(scan2d, *coefficients(2, 3))
+    assert choice.engine == "reference"
+    assert "Triton is not installed" in choice.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (4, 1, 40), (3, 6, 70), (2, 2, 0)], ids=str)
+def test_gpu_kernels_match_the_cpu_s(shape, dtype):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is no GPU; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
+    from dynakern.ops.scan2d import cpu, gpu
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    c = [x.detach() for x in coefficients(*shape, dtype=dtype)]
+    h = cpu.forward(*c)
+    assert_same([x.cpu() for x in gpu.forward(*(x.to(device) for x in c))], h)
+    given = [randn(*shape, seed=9 + i, dtype=dtype, requires_grad=False) for i in range(2)] + c[:4] + list(h)
+    assert_same([x.cpu() for x in gpu.backward(*(x.to(device) for x in given))], cpu.backward(*given))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "DropPath",
     "LayerNorm2d",
+    "cache_key",
     "check_fusable",
     "drop_path_rates",
     "fuse_conv_norm",
@@ -105,6 +106,19 @@ def init_truncated_normal(module: nn.Module, std: float = 0.02) -> None:
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def cache_key(*parameters: Tensor) -> tuple[object, ...] | None:
+    """Return a key that changes whenever a parameter does, for what a layer derives from it; None: keep nothing.
+
+    Nothing may be kept while gradients are recorded, a graph is captured, a functorch transform runs, or if a parameter
+    was made in inference mode, where changes are not counted.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if any(p.is_inference() for p in parameters):
+        return None
+    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
 
 
 def check_fusable(network: nn.Module) -> nn.Module:

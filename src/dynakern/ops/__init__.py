@@ -5,18 +5,22 @@
 """
 
 from dynakern.ops.block_fft import block_fft, dft_matrix, three_pass_conv
+from dynakern.ops.depthwise_conv2d import depthwise_conv2d
 from dynakern.ops.dispatch import Backend, Choice, explain_backend
 from dynakern.ops.dtw import dtw
 from dynakern.ops.fft_conv import fft_conv
 from dynakern.ops.flash_rnn import flash_rnn
 from dynakern.ops.scan2d import scan2d
 from dynakern.ops.selective_scan import selective_scan
+from dynakern.ops.ssm2d import ssm2d
 from dynakern.ops.stl import stl
+from dynakern.ops.tangent_kernel import tangent_kernel
 
 __all__ = [
     "Backend",
     "Choice",
     "block_fft",
+    "depthwise_conv2d",
     "dft_matrix",
     "dtw",
     "explain_backend",
@@ -24,6 +28,8 @@ __all__ = [
     "flash_rnn",
     "scan2d",
     "selective_scan",
+    "ssm2d",
     "stl",
+    "tangent_kernel",
     "three_pass_conv",
 ]

@@ -9,12 +9,14 @@ Paper: Behrouz, Santacatterina and Zabih, 2024, "Chimera: Effectively Modeling M
 2-Dimensional State Space Models", arXiv:2406.04320. There is no official code, and its text leaves choices open. Ours,
 not confirmed by the authors: the placement of indices in the recurrence; one input map a state; the factor 1/2 on the
 transitions (``coupling="half"``; ``"raw"`` is the literal equation, whose impulse response can grow like
-:math:`2^{v+t}`); linear maps of the cell's features for B, C and the steps, as in Mamba; the wiring of a block; the
+:math:`2^{v+t}`); linear maps of the cell's features for B, C and the steps, as in Mamba; the wiring of a block, where
+the season reads the same input as the trend (reading what the trend leaves, the two nearly cancel at the start); the
 ranges of the steps.
 
 Implemented: the selective layer, its two heads, forecasting, classification and reconstruction networks, the
 data-independent case as a kernel and an FFT convolution, the closed-loop companion decoder of SpaceTime (Zhang et al.,
-2023, arXiv:2302.09489). The recurrence itself is :func:`dynakern.ops.scan2d`.
+2023, arXiv:2302.09489). The state space itself is :func:`dynakern.ops.ssm2d`, its recurrence
+:func:`dynakern.ops.scan2d`.
 
 Example:
     >>> import torch
@@ -33,84 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynakern.checks import check_choice, check_positive, check_shape
-from dynakern.ops import scan2d
+from dynakern.ops import scan2d, ssm2d
+from dynakern.ops.ssm2d import Coupling, InputRule
 
 __all__ = ["SSM2D", "Chimera", "ClosedLoop", "chimera", "lti_conv2d", "lti_kernel2d", "ssm2d"]
-
-Coupling = Literal["half", "raw", "none"]
-
-
-def ssm2d(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    coupling: Coupling = "half",
-    input_rule: Literal["zoh", "euler"] = "zoh",
-    return_state: bool = False,
-    backend: Literal["auto", "reference", "cpu", "gpu"] = "auto",
-) -> Any:
-    r"""Run the selective two-dimensional state space.
-
-    With :math:`\bar A_1 = \kappa e^{\delta_1 A_1}`, :math:`\bar A_2 = \kappa e^{\delta_1 A_2}`,
-    :math:`\bar A_3 = \kappa e^{\delta_2 A_3}`, :math:`\bar A_4 = \kappa e^{\delta_2 A_4}`, and for each state
-    :math:`\bar B = A^{-1}(e^{\delta A} - 1) B` (with :math:`A_1, \delta_1` and :math:`A_3, \delta_2`),
-
-    .. math::
-        h^1_{v,t} &= \bar A_1 h^1_{v,t-1} + \bar A_2 h^2_{v,t-1} + \bar B_1 x_{v,t}, \\
-        h^2_{v,t} &= \bar A_3 h^1_{v-1,t} + \bar A_4 h^2_{v-1,t} + \bar B_2 x_{v,t}, \\
-        y_{v,t} &= C_1 h^1_{v,t} + C_2 h^2_{v,t} + D x_{v,t}.
-
-    Args:
-        x: Input, ``(B, V, T, D)``.
-        delta: Steps along time and across variates, ``(B, V, T, 2, D)``, positive.
-        A: Rates A1 .. A4, ``(4, D, N)``, negative.
-        B: Input maps of the two states, ``(B, V, T, 2, N)``.
-        C: Output maps of the two states, ``(B, V, T, 2, N)``.
-        D: Weight of the skip, ``(D,)``.
-        coupling: :math:`\kappa`: ``"half"`` is 1/2, which keeps the response bounded; ``"raw"`` is 1; ``"none"`` drops
-            A2, A3 and A4, so that every variate runs alone with :math:`\kappa = 1`.
-        input_rule: ``"zoh"`` as above, or ``"euler"``: :math:`\bar B = \delta B`, as in Mamba.
-        return_state: Return both states too, ``(B, V, T, D, N)``.
-        backend: See :func:`dynakern.ops.scan2d`.
-
-    Returns:
-        y ``(B, V, T, D)``, or ``(y, h1, h2)``.
-
-    Raises:
-        ValueError: Shapes do not fit, or a name is unknown.
-    """
-    check_choice("coupling", coupling, ("half", "raw", "none"))
-    check_choice("input_rule", input_rule, ("zoh", "euler"))
-    dims = check_shape("x", x, "B V T D")
-    dims = check_shape("A", A, "4 D N", dims)
-    dims = check_shape("delta", delta, "B V T 2 D", dims)
-    for name, maps in (("B", B), ("C", C)):
-        check_shape(name, maps, "B V T 2 N", dims)
-    if D is not None:
-        check_shape("D", D, "D", dims)
-    d1, d2 = (delta[..., i, :].permute(1, 2, 0, 3).unsqueeze(-1) for i in range(2))  # (V, T, B, D, 1)
-    e1, e3 = torch.exp(d1 * A[0]), torch.exp(d2 * A[2])
-    u = x.permute(1, 2, 0, 3).unsqueeze(-1)
-    b1, b2 = (B[..., i, :].permute(1, 2, 0, 3).unsqueeze(-2) * u for i in range(2))  # (V, T, B, D, N)
-    if input_rule == "zoh":
-        b1, b2 = (e1 - 1) / A[0] * b1, (e3 - 1) / A[2] * b2
-    else:
-        b1, b2 = d1 * b1, d2 * b2
-    if coupling == "none":
-        zero = torch.zeros_like(e1)
-        h1, h2 = scan2d(e1, zero, zero, zero, b1, b2, backend=backend)
-    else:
-        kappa = 0.5 if coupling == "half" else 1.0
-        e2, e4 = torch.exp(d1 * A[1]), torch.exp(d2 * A[3])
-        h1, h2 = scan2d(kappa * e1, kappa * e2, kappa * e3, kappa * e4, b1, b2, backend=backend)
-    c1, c2 = (C[..., i, :].permute(1, 2, 0, 3).unsqueeze(-2) for i in range(2))
-    y = (c1 * h1 + c2 * h2).sum(-1).permute(2, 0, 1, 3)  # (B, V, T, D)
-    y = y if D is None else y + D * x
-    return (y, h1.permute(2, 0, 1, 3, 4), h2.permute(2, 0, 1, 3, 4)) if return_state else y
 
 
 def lti_kernel2d(
@@ -176,7 +104,7 @@ class _Direction(nn.Module):
             self.steps.weight.mul_(0.1)
             self.steps.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
 
-    def forward(self, x: Tensor, coupling: Coupling, input_rule: Literal["zoh", "euler"], return_state: bool) -> Any:
+    def forward(self, x: Tensor, coupling: Coupling, input_rule: InputRule, return_state: bool) -> Any:
         b, c = self.maps(x).unflatten(-1, (2, 2, -1)).unbind(-3)
         delta = F.softplus(self.steps(x)).unflatten(-1, (2, -1))
         a = -torch.exp(self.A_log)
@@ -191,8 +119,8 @@ class SSM2D(nn.Module):
         d_state: States N a feature.
         bidirectional: Add a second scan, with its own parameters, over the variates in reverse.
         dt_range: Range of the initial steps, log-uniform.
-        coupling: See :func:`ssm2d`.
-        input_rule: See :func:`ssm2d`.
+        coupling: See :func:`dynakern.ops.ssm2d`.
+        input_rule: See :func:`dynakern.ops.ssm2d`.
 
     Raises:
         ValueError: A size, range or name is wrong.
@@ -206,7 +134,7 @@ class SSM2D(nn.Module):
         bidirectional: bool = True,
         dt_range: tuple[float, float] = (1e-3, 1e-1),
         coupling: Coupling = "half",
-        input_rule: Literal["zoh", "euler"] = "zoh",
+        input_rule: InputRule = "zoh",
     ) -> None:
         super().__init__()
         check_positive("d_model", d_model, integer=True)
@@ -259,11 +187,16 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
         u = self.in_proj(z)  # (B, V, T, E)
-        rows = u.flatten(0, 1).transpose(1, 2)  # (B V, E, T)
-        u = F.silu(self.conv(rows)[..., : u.shape[2]]).transpose(1, 2).reshape(u.shape)
-        trend = self.trend(u)
-        y = trend + self.season(u - trend)
+        u = F.silu(self._convolve(u))
+        y = self.trend(u) + self.season(u)
         return x + self.out_proj(y * F.silu(self.gate(z)))
+
+    def _convolve(self, u: Tensor) -> Tensor:
+        """Convolve along time as an image of height 1 whose channels lie side by side, so that nothing is turned."""
+        image = u.flatten(0, 1).transpose(1, 2).unsqueeze(2)  # (B V, E, 1, T)
+        options = {"padding": (0, self.conv.kernel_size[0] - 1), "groups": u.shape[3]}
+        image = F.conv2d(image, self.conv.weight.unsqueeze(2), self.conv.bias, **options)
+        return image[..., : u.shape[2]].squeeze(2).transpose(1, 2).unflatten(0, u.shape[:2])
 
 
 class ClosedLoop(nn.Module):
@@ -355,7 +288,7 @@ class Chimera(nn.Module):
         conv: Width of the causal convolution.
         decoder: ``"linear"``: a linear map over time; ``"closed-loop"``: :class:`ClosedLoop`.
         bidirectional: See :class:`SSM2D`.
-        coupling: See :func:`ssm2d`.
+        coupling: See :func:`dynakern.ops.ssm2d`.
 
     Raises:
         ValueError: A name or size is wrong.
@@ -392,7 +325,8 @@ class Chimera(nn.Module):
         options = {"expand": expand, "conv": conv, "bidirectional": bidirectional, "coupling": coupling}
         self.blocks = nn.ModuleList(_Block(d_model, d_state, **options) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, classes if task == "classify" else 1)
+        # a classifier reads the mean over time of every variate, which may mean different things
+        self.head = nn.Linear(channels * d_model, classes) if task == "classify" else nn.Linear(d_model, 1)
         self.extend = nn.Linear(lookback, horizon) if task == "forecast" and decoder == "linear" else None
         self.loop = ClosedLoop(d_model, d_state) if task == "forecast" and decoder == "closed-loop" else None
 
@@ -431,11 +365,11 @@ class Chimera(nn.Module):
         return self.norm(h)
 
     def _classify(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        h = self._features(x).mean(1)  # (B, T, D)
+        h = self._features(x)  # (B, V, T, D)
         if lengths is None:
-            return self.head(h.mean(1))
-        valid = (torch.arange(h.shape[1], device=h.device) < lengths[:, None]).unsqueeze(-1)
-        return self.head((h * valid).sum(1) / lengths.clamp_min(1)[:, None])
+            return self.head(h.mean(2).flatten(1))
+        valid = (torch.arange(h.shape[2], device=h.device) < lengths[:, None])[:, None, :, None]
+        return self.head(((h * valid).sum(2) / lengths.clamp_min(1)[:, None, None]).flatten(1))
 
 
 def chimera(**overrides: Any) -> Chimera:

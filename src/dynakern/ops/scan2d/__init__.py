@@ -2,6 +2,9 @@ r"""The two-dimensional linear recurrence: one state that runs along time, one t
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -9,7 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from dynakern.checks import check_floating, check_same_device, check_shape
 from dynakern.ops.dispatch import Backend, refuse_double_backward, resolve_backend
 
-__all__ = ["scan2d"]
+__all__ = ["gpu_refusal", "scan2d"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def scan2d(
@@ -21,8 +26,8 @@ def scan2d(
         h^1_{v,t} &= a^1_{v,t} h^1_{v,t-1} + a^2_{v,t} h^2_{v,t-1} + b^1_{v,t}, \\
         h^2_{v,t} &= a^3_{v,t} h^1_{v-1,t} + a^4_{v,t} h^2_{v-1,t} + b^2_{v,t},
 
-    elementwise, with zero states outside the grid. O(V T F) time; the fast engine walks the rows, all lanes F side by
-    side, and its backward pass walks them back.
+    elementwise, with zero states outside the grid. O(V T F) time; the fast engines walk the rows, the lanes F side by
+    side, and their backward passes walk them back.
 
     Args:
         a1: Transition along time of the first state, ``(V, T, ...)``.
@@ -31,7 +36,7 @@ def scan2d(
         a4: Transition across variates of the second state.
         b1: Input of the first state.
         b2: Input of the second state; all six of one shape.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``. GPU tensors take the reference.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"gpu"``.
 
     Returns:
         :math:`h^1` and :math:`h^2`, ``(V, T, ...)``; 16-bit inputs are computed in float32.
@@ -57,10 +62,11 @@ def scan2d(
         check_floating(name, x)
         check_shape(name, x, " ".join(map(str, a1.shape)))
     check_same_device(**named)
-    engine = resolve_backend("scan2d", backend, tuple(named.values()), refusals={"cpu": None})
+    refusals = {"cpu": None, "gpu": gpu_refusal()}
+    engine = resolve_backend("scan2d", backend, tuple(named.values()), refusals=refusals)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in named.values()) else torch.float32
     wide = [x.to(dtype) for x in named.values()]
-    if engine == "cpu":
+    if engine != "reference":
         flat = [x.reshape(*a1.shape[:2], -1) for x in wide]
         h1, h2 = (h.reshape(a1.shape) for h in torch.ops.dynakern.scan2d(*flat))
     else:
@@ -70,11 +76,24 @@ def scan2d(
     return h1.to(a1.dtype), h2.to(a1.dtype)
 
 
+def gpu_refusal() -> str | None:
+    """Return why the GPU engine cannot run, or None."""
+    return None if _HAS_TRITON else "Triton is not installed: pip install 'dynakern[gpu]'"
+
+
+def _engine(x: Tensor) -> Any:
+    if x.device.type == "cpu":
+        from dynakern.ops.scan2d import cpu
+
+        return cpu
+    from dynakern.ops.scan2d import gpu
+
+    return gpu
+
+
 @torch.library.custom_op("dynakern::scan2d", mutates_args=())
 def _scan2d(a1: Tensor, a2: Tensor, a3: Tensor, a4: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    from dynakern.ops.scan2d import cpu
-
-    return cpu.forward(a1, a2, a3, a4, b1, b2)
+    return _engine(a1).forward(a1, a2, a3, a4, b1, b2)
 
 
 @_scan2d.register_fake
@@ -86,9 +105,7 @@ def _(a1, a2, a3, a4, b1, b2):
 def _scan2d_backward(
     g1: Tensor, g2: Tensor, a1: Tensor, a2: Tensor, a3: Tensor, a4: Tensor, h1: Tensor, h2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from dynakern.ops.scan2d import cpu
-
-    return cpu.backward(g1, g2, a1, a2, a3, a4, h1, h2)
+    return _engine(a1).backward(g1, g2, a1, a2, a3, a4, h1, h2)
 
 
 @_scan2d_backward.register_fake
