@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from dynakern.compare import run_comparison, write_report
@@ -213,3 +214,19 @@ def test_comparison_report_and_command(tmp_path, monkeypatch, capsys):
     code, error = run_here("compare", "classify-images", "--match", "3", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "parameters:300k" in error
+
+
+def pixels(*, in_chans, img_size, num_classes):
+    """A linear map of all pixels, which learns the checks' tiny problems."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * img_size**2, num_classes))
+
+
+EXPECTED = {"check_methods_subset_invariance": "float32 products differ with the size of the batch, by some 1e-7"}
+
+
+@parametrize_with_checks(
+    [ImageClassifier(pixels, budget="40ep", lr=1e-2, weight_decay=1e-4, random_state=0)],
+    expected_failed_checks=lambda estimator: EXPECTED,
+)
+def test_classifier_passes_check_estimator(estimator, check):
+    check(estimator)

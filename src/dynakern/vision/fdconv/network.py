@@ -111,9 +111,10 @@ def fdconv_resnet101(**overrides: Any) -> FDConvResNet:
     return FDConvResNet(**{"block": "bottleneck", "depths": (3, 4, 23, 3), **overrides})
 
 
-def classify_images(*, in_chans: int, img_size: int, num_classes: int) -> FDConvResNet:
+def classify_images(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> FDConvResNet:
     """Build a small classifier of images, ``(B, in_chans, img_size, img_size) -> (B, num_classes)``."""
     stem = "cifar" if img_size <= 32 else "imagenet"
+    widths = tuple(8 * max(1, round(c * width / 8)) for c in (24, 48, 96))  # whose frequencies 8 groups divide
     return FDConvResNet(
-        "basic", (1, 1, 1), widths=(24, 48, 96), kernel_num=8, in_chans=in_chans, num_classes=num_classes, stem=stem
+        "basic", (1, 1, 1), widths=widths, kernel_num=8, in_chans=in_chans, num_classes=num_classes, stem=stem
     )

@@ -529,9 +529,10 @@ def pvt_large(**overrides: Any) -> PVT:
     return PVT(**{"depths": (3, 8, 27, 3), **overrides})
 
 
-def classify_images(*, in_chans: int, img_size: int, num_classes: int) -> PVTv2:
+def classify_images(*, in_chans: int, img_size: int, num_classes: int, width: float = 1.0) -> PVTv2:
     """Build a small classifier of images, ``(B, in_chans, img_size, img_size) -> (B, num_classes)``."""
+    half = 8 * max(1, round(6 * width))
     return PVTv2(
-        (48, 96), (2, 4), (4, 4), (2, 2), sr_ratios=(2, 1), in_chans=in_chans, num_classes=num_classes,
+        (half, 2 * half), (2, 4), (4, 4), (2, 2), sr_ratios=(2, 1), in_chans=in_chans, num_classes=num_classes,
         attention="binary", patch_stride=1 if img_size <= 8 else 2 if img_size <= 32 else 4,
     )  # fmt: skip
