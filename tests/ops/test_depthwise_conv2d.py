@@ -93,6 +93,14 @@ def test_strided_inputs_and_slices_of_channels():
                 y = depthwise_conv2d(leaf, w, b, backend=backend)
                 found.append([y, *torch.autograd.grad(y, (leaf, weight, bias), cotangent)])
             assert_same(*found)
+    for form, other in (FORMATS.values(), list(FORMATS.values())[::-1]):  # a gradient in the other format
+        wide, cotangent = x[:, :16].contiguous(memory_format=form), x[:, 4:].cos().contiguous(memory_format=other)
+        found = []
+        for backend in ("cpu", "reference"):
+            leaf = wide.detach().requires_grad_()
+            y = depthwise_conv2d(leaf, weight[:16], backend=backend)
+            found.append(torch.autograd.grad(y, (leaf, weight), cotangent.detach()))
+        assert_same(*found)
     ones = torch.ones(1, dtype=x.dtype).expand(2, 20, 9, 8)
     assert_same(depthwise_conv2d(ones, weight, backend="cpu"), depthwise_conv2d(ones, weight, backend="reference"))
     before = x.detach().clone()
@@ -124,7 +132,7 @@ def test_results_do_not_depend_on_the_number_of_threads(form):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results = []
-        for shape in ((4, 24, 40, 40, 13, 13), (4, 32, 40, 36, 35, 35)):
+        for shape in ((4, 24, 40, 40, 13, 13), (4, 32, 40, 36, 35, 35), (1, 16, 90, 20, 5, 9)):
             inputs = operands(*shape, dtype=torch.float32, form=form)
             y = depthwise_conv2d(*inputs, backend="cpu")
             results += [y, *grads(y, inputs)]

@@ -10,8 +10,10 @@ from dynakern.ops.dispatch import Backend, Choice, explain_backend
 from dynakern.ops.dtw import dtw
 from dynakern.ops.fft_conv import fft_conv
 from dynakern.ops.flash_rnn import flash_rnn
+from dynakern.ops.inception_conv import inception_conv
 from dynakern.ops.scan2d import scan2d
 from dynakern.ops.selective_scan import selective_scan
+from dynakern.ops.ska import ska
 from dynakern.ops.ssm2d import ssm2d
 from dynakern.ops.stl import stl
 from dynakern.ops.tangent_kernel import tangent_kernel
@@ -26,8 +28,10 @@ __all__ = [
     "explain_backend",
     "fft_conv",
     "flash_rnn",
+    "inception_conv",
     "scan2d",
     "selective_scan",
+    "ska",
     "ssm2d",
     "stl",
     "tangent_kernel",

@@ -7,7 +7,6 @@ registers, and takes an FFT for the largest kernels.
 
 Example:
     >>> import torch
-    >>> from dynakern.ops import depthwise_conv2d
     >>> x, weight = torch.randn(2, 8, 28, 28), torch.randn(8, 1, 13, 13)
     >>> y = depthwise_conv2d(x, weight)
     >>> torch.allclose(y, torch.nn.functional.conv2d(x, weight, padding=6, groups=8), atol=1e-4)
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dynakern.checks import check_floating, check_same_device, check_shape
+from dynakern.ops.depthwise_conv2d.layout import fresh_like, is_channels_last
 from dynakern.ops.depthwise_conv2d.reference import depthwise_conv2d_reference
 from dynakern.ops.dispatch import Backend, refuse_double_backward, resolve_backend
 
@@ -40,8 +40,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         x: Input, ``(N, C, H, W)``, floating point; in memory as planes or channels last.
         weight: Kernels, ``(C, 1, KH, KW)``, both sizes odd.
         bias: Added to each channel, ``(C,)``; none by default.
-        backend: ``"auto"``, ``"reference"`` (PyTorch's own) or ``"cpu"``. ``auto`` takes the reference where it was
-            measured to be faster, which is for kernels of few taps, and on other devices than the CPU.
+        backend: ``"auto"``, ``"reference"`` (PyTorch's own) or ``"cpu"``. ``auto`` takes the reference on other devices
+            than the CPU and where it was measured to be faster: for kernels of few taps, and for small inputs.
 
     Returns:
         ``(N, C, H, W)``, dtype and memory format of ``x``. It is computed in the wider dtype of the arguments, on a CPU
@@ -71,7 +71,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f"`weight` must have kernels of odd sizes, got {weight.shape[2]} x {weight.shape[3]}.")
     present = (x, weight) if bias is None else (x, weight, bias)
-    small = False
+    small = _is_small(x, weight)
     engine = resolve_backend("depthwise_conv2d", backend, present, refusals={"cpu": None}, small=small)
     dtype = functools.reduce(torch.promote_types, (y.dtype for y in present))
     if x.device.type == "cpu":
@@ -84,24 +84,32 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     return y.to(x.dtype)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Return a fresh tensor in the memory format that x has, or nearly has if it is a slice."""
-    last = not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
-    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own was measured to be faster on one thread: it is good at few taps, forward."""
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    (H, W), (kh, kw) = x.shape[2:], weight.shape[2:]
+    last, taps = is_channels_last(x), min(kh, 2 * H - 1) * min(kw, 2 * W - 1)  # those that can act
+    work = taps * x.numel()
+    if torch.is_grad_enabled() and weight.requires_grad:  # its gradient of the weight is slow
+        return taps < 16 or work < (1e6 if last else 4e5)
+    if last:
+        return taps < 81 or work < (16e6 if taps < 121 else 1e6 if taps <= 169 else 40e6)
+    return taps < 25 or (work < 9e6 and max(kh, kw) <= 13)
 
 
 @torch.library.custom_op("dynakern::depthwise_conv2d", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from dynakern.ops.depthwise_conv2d import cpu
 
-    y = _empty_like(x)
+    y = fresh_like(x)
     cpu.forward(x, weight, bias, y)
     return y
 
 
 @_convolve.register_fake
 def _(x, weight, bias):
-    return _empty_like(x)
+    return fresh_like(x)
 
 
 @torch.library.custom_op("dynakern::depthwise_conv2d_backward", mutates_args=())
@@ -110,7 +118,7 @@ def _convolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from dynakern.ops.depthwise_conv2d import cpu
 
-    dx = _empty_like(x) if needs_x else None
+    dx = fresh_like(x) if needs_x else None
     dw, db = cpu.backward(dy, x, weight, dx, needs_weight, needs_bias)
     return x.new_empty(0) if dx is None else dx, dw, db
 
@@ -119,7 +127,7 @@ def _convolve_backward(
 def _(dy, x, weight, needs_x, needs_weight, needs_bias):
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return (
-        _empty_like(x) if needs_x else x.new_empty(0),
+        fresh_like(x) if needs_x else x.new_empty(0),
         dw if needs_weight else x.new_empty(0),
         x.new_empty(weight.shape[0] if needs_bias else 0),
     )

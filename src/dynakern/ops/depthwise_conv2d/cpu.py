@@ -28,8 +28,7 @@ _IMAGE_BYTES = 100_000  # of the padded image that is kept; what malloc() hands 
 _NEAR_BYTES = 28_000  # of the image of a strip that is gone over once for each tap: most of the first-level cache
 _SET_BYTES = 1_000_000  # of the images and kernels of groups that are done together: half of the second-level cache
 _PARTS = 8  # work items that the gradient of the weight aims at
-_POINT_COST = 15.0  # taps that take as long as the FFTs do for a point and factor of two of their number, measured
-_SERIES_BYTES = 1_500_000  # of the series that are transformed together: most of the second-level cache
+_POINT_COST = 16.5  # taps that take as long as the FFTs do for a point and factor of two of their number, measured
 
 
 class Plan(NamedTuple):
@@ -111,7 +110,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, flip:
     if y.numel() == 0:
         return
     x, shape = _readable(x), _geometry(x, weight)
-    N, C, H, W, kh, kw = shape[:6]
+    (N, C, H), (kh, kw) = shape[:3], shape[4:6]
     lanes = _lanes(x)
     plan, groups = _plan_forward(shape, lanes, x.stride(3) != 1, torch.get_num_threads()), -(-N * C // lanes)
     prepared = x.new_empty(min(groups, C // math.gcd(C, lanes)), (1 + kh * kw) * lanes).numpy()
@@ -158,7 +157,7 @@ def _fft_pays(shape: tuple[int, ...], inverses: int, passes: int) -> bool:
     reach = kh // 2
     rows = sum(min(h, reach) + min(H - 1 - h, reach) + 1 for h in range(H))
     points = (H + reach) * (W + kw // 2)
-    return passes * N * rows * W * kw > inverses * _POINT_COST * points * math.log2(points) * (N + 1.7)
+    return passes * N * rows * W * kw > inverses * _POINT_COST * points * math.log2(2 * points) * (N + 1.7)
 
 
 def _copy(x: Tensor, y: Tensor) -> None:
@@ -174,20 +173,13 @@ def _copy(x: Tensor, y: Tensor) -> None:
 class _Series:
     """Images and kernels of one shape as series for a two-sided convolution: rows with kw // 2 zeros between them."""
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor, count: int) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.pitch = shape, shape[3] + shape[5] // 2
-        N, C, H = shape[:3]
-        self.step = max(16 * torch.get_num_threads(), _SERIES_BYTES // (N * H * self.pitch * like.element_size()))
-        self.memory = like.new_zeros(count, N * min(C, self.step) * H * self.pitch)
 
-    def parts(self) -> list[slice]:
-        """Return ranges of channels that are done together."""
-        return [slice(c, min(c + self.step, self.shape[1])) for c in range(0, self.shape[1], self.step)]
-
-    def signal(self, x: Tensor, place: int) -> Tensor:
-        """Return ``(N, C, L)`` of x ``(N, C, H, W)``, in one of the reserved places."""
-        (N, C, H, W), pitch = x.shape, self.pitch
-        u = self.memory[place, : N * C * H * pitch].view(N, C, H, pitch)
+    def signal(self, x: Tensor) -> Tensor:
+        """Return ``(N, C, L)`` of x ``(N, C, H, W)``."""
+        N, C, H, W = x.shape
+        u = x.new_zeros(N, C, H, self.pitch)
         _copy(x, u[..., :W])
         return u.view(N, C, -1)
 
@@ -219,10 +211,8 @@ class _Series:
 
 def _convolve_series(x: Tensor, weight: Tensor, y: Tensor) -> None:
     """Do :func:`convolve` by FFTs."""
-    series = _Series(_geometry(x, weight), x, 1)
-    for part in series.parts():
-        u = fft.forward(series.signal(x[:, part], 0), series.kernel(weight[part]), False)
-        series.image(u, y[:, part])
+    series = _Series(_geometry(x, weight))
+    series.image(fft.forward(series.signal(x), series.kernel(weight), False), y)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -241,14 +231,12 @@ def backward(
     """Write the gradient of the input into dx, if given; return those of the weight and the bias, if needed."""
     dw, db, shape = weight.new_empty(0), weight.new_empty(0), _geometry(x, weight)
     if x.numel() > 0 and needs_weight and _fft_pays(shape, 2, 1 if dx is None else 2):
-        series = _Series(shape, x, 2)
-        dw = weight.new_empty(weight.shape)
-        for part in series.parts():
-            slopes = series.signal(dy[:, part], 1).unsqueeze(1)
-            du, dk = fft.backward(slopes, series.signal(x[:, part], 0), series.kernel(weight[part]), False)
-            dw[part] = series.weight(dk)
-            if dx is not None:
-                series.image(du, dx[:, part])
+        series = _Series(shape)
+        slopes = series.signal(dy).unsqueeze(1)
+        du, dk = fft.backward(slopes, series.signal(x), series.kernel(weight), False)
+        dw = series.weight(dk)
+        if dx is not None:
+            series.image(du, dx)
     else:
         if needs_weight:
             dw, db = correlate(x, dy, weight)

@@ -1,5 +1,5 @@
-# pyright: reportCallIssue=false
-# Numba's intrinsics are called without their first parameter, which Python's types do not know.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# Numba's intrinsics are called without their first parameter, and its settings are made at run time.
 """The Numba kernels of the depthwise convolution, forward and backward, which :mod:`.cpu` calls.
 
 A group of planes (a sample's channel each), as many as a vector has numbers, is laid out with the planes side by side
