@@ -57,6 +57,8 @@ def test_other_checks():
     with pytest.raises(ImportError, match=r"pip install 'dynakern\[hf\]'"):
         require("no_such_package_anywhere", extra="hf")
     assert unknown_name("system", "zzz", ["b", "a"]) == "Unknown system 'zzz'. Known: a, b."
+    many = [f"n{i:02d}" for i in range(30)]
+    assert unknown_name("system", "zzz", many) == "Unknown system 'zzz'. Known: 30 names, from n00 to n29."
 
 
 def test_assert_same_can_fail_and_says_where():

@@ -119,9 +119,10 @@ def check_finite(name: str, values: np.ndarray | Tensor) -> None:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown name, with the nearest known ones."""
-    known = list(known)
+    known = sorted(known)
     suggestion = _suggestion(name, known)
-    return f"Unknown {kind} {name!r}.{suggestion}" + ("" if suggestion else f" Known: {', '.join(sorted(known))}.")
+    listed = ", ".join(known) if len(known) <= 25 else f"{len(known)} names, from {known[0]} to {known[-1]}"
+    return f"Unknown {kind} {name!r}.{suggestion}" + ("" if suggestion else f" Known: {listed}.")
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

@@ -216,16 +216,27 @@ def test_comparison_report_and_command(tmp_path, monkeypatch, capsys):
     assert "parameters:300k" in error
 
 
-def pixels(*, in_chans, img_size, num_classes):
-    """A linear map of all pixels, which learns the checks' tiny problems."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * img_size**2, num_classes))
+class Pixels:
+    """Builds a linear map of all pixels, which learns the checks' tiny problems; named without an address in memory."""
+
+    def __call__(self, *, in_chans, img_size, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * img_size**2, num_classes))
+
+    def __repr__(self):
+        return "pixels"
+
+    def __eq__(self, other):
+        return type(self) is type(other)
+
+    def __hash__(self):
+        return 0
 
 
 EXPECTED = {"check_methods_subset_invariance": "float32 products differ with the size of the batch, by some 1e-7"}
 
 
 @parametrize_with_checks(
-    [ImageClassifier(pixels, budget="40ep", lr=1e-2, weight_decay=1e-4, random_state=0)],
+    [ImageClassifier(Pixels(), budget="40ep", lr=1e-2, weight_decay=1e-4, random_state=0)],
     expected_failed_checks=lambda estimator: EXPECTED,
 )
 def test_classifier_passes_check_estimator(estimator, check):

@@ -8,6 +8,7 @@ of the 7x7 convolution, each in its better memory layout. Accuracies and through
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1,200 training and 597 test digits, enlarged to 32 x 32 and standardised, and their labels."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
     x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -84,7 +85,7 @@ def mixer_speed(progress: Progress) -> Iterator[Measurement]:
     functions = {}
     for mixer in ("inception", "7x7 depthwise"):
         for label, layout in (("NCHW", torch.contiguous_format), ("channels last", torch.channels_last)):
-            layer = _MIXERS[mixer](96).to(memory_format=layout)
+            layer = _MIXERS[mixer](96).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
             functions[f"{mixer}, {label}"] = _both(layer, x.contiguous(memory_format=layout))
     progress("timing", 0.2)
     times = {name: t.median for name, t in time_interleaved(functions, repeats=7).items()}

@@ -9,6 +9,7 @@ nothing. The tables on ImageNet are not measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def _placed_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1,200 training and 597 test digits of 12 x 12 pixels at random places of 24 x 24, with noise."""
     from sklearn.datasets import load_digits
 
-    data, generator = load_digits(), torch.Generator().manual_seed(0)
+    data: Any = load_digits()
+    generator = torch.Generator().manual_seed(0)
     small = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     small = F.interpolate(small, (12, 12), mode="bilinear", align_corners=False)
     x = torch.zeros(len(small), 1, 24, 24)

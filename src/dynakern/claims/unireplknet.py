@@ -72,7 +72,7 @@ def free_branches(progress: Progress) -> Iterator[Measurement]:
     torch.manual_seed(0)
     kernels = ((3,), (7, 13), (13, 3), (11,))
     network = _noisy(UniRepLKNet((1, 2, 2, 1), (8, 16, 24, 32), kernel_sizes=kernels, num_classes=10))
-    fused, x = network.fuse(), torch.randn(2, 3, 64, 64)
+    fused, x = network.fuse(), torch.randn(2, 3, 64, 64)  # pyright: ignore[reportCallIssue]
     expected = network(x).detach()  # with gradients on, the branches run one by one
     with torch.no_grad():
         error = float((fused(x) - expected).abs().max() / expected.abs().max())

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def load_digits() -> LabelledImages:
     """
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     return LabelledImages(
         (data.images[:, None] / 16).astype(np.float32), data.target.astype(str), None, "scikit-learn digits"
     )

@@ -92,7 +92,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
         self.lr = lr
         self.weight_decay = weight_decay
         self.batch_size = batch_size
-        self.augment = augment
+        self.augment: Augment = augment
         self.label_smoothing = label_smoothing
         self.patience = patience
         self.validation_fraction = validation_fraction
@@ -207,7 +207,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
             elif x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
                 x = x.transpose(0, 3, 1, 2)
         else:
-            rows = np.asarray(validate_data(self, X, dtype=np.float32, reset=reset))
+            rows = np.asarray(validate_data(self, X, dtype=np.float32, reset=reset))  # pyright: ignore
             side = math.isqrt(rows.shape[1])
             x = rows.reshape(len(rows), 1, side, side) if side * side == rows.shape[1] else rows[:, None, None, :]
         if reset:

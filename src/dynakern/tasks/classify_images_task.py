@@ -80,7 +80,7 @@ class Match(NamedTuple):
         target = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit]
         if target <= 0:
             raise ValueError(f"`match` must be positive, got {text!r}.")
-        return cls(quantity, target)
+        return cls("flops" if quantity == "flops" else "parameters", target)
 
 
 def matched_width(factory: Factory, match: Match, *, in_chans: int, img_size: int, num_classes: int) -> float:

@@ -33,7 +33,7 @@ class NearestNeighbourDTW:
 
     def fit(
         self,
-        series: list[np.ndarray],
+        X: list[np.ndarray],
         y: np.ndarray,
         *,
         seed: int,
@@ -42,17 +42,17 @@ class NearestNeighbourDTW:
         progress: Progress | None,
     ) -> FitReport:
         """Keep the training series."""
-        self.x, self.lengths = _pad(series)
+        self.x, self.lengths = _pad(X)
         self.y, self.classes = y, int(y.max()) + 1
         return FitReport()
 
-    def predict_proba(self, series: list[np.ndarray]) -> np.ndarray:
+    def predict_proba(self, X: list[np.ndarray]) -> np.ndarray:
         """Return 0 or 1 a class, smoothed to 0.9 and the rest, ``(N, classes)``: a neighbour knows no probability."""
-        x, lengths = _pad(series)
+        x, lengths = _pad(X)
         distances = dtw(x, self.x, x_lengths=lengths, y_lengths=self.lengths, window=0.1)
         nearest = self.y[distances.argmin(1).numpy()]
-        probabilities = np.full((len(series), self.classes), 0.1 / max(1, self.classes - 1))
-        probabilities[np.arange(len(series)), nearest] = 0.9
+        probabilities = np.full((len(X), self.classes), 0.1 / max(1, self.classes - 1))
+        probabilities[np.arange(len(X)), nearest] = 0.9
         return probabilities
 
 
@@ -73,7 +73,7 @@ class RandomKernels:
 
     def fit(
         self,
-        series: list[np.ndarray],
+        X: list[np.ndarray],
         y: np.ndarray,
         *,
         seed: int,
@@ -87,9 +87,9 @@ class RandomKernels:
         from sklearn.preprocessing import StandardScaler
 
         began = time.perf_counter()
-        self._draw(min(len(row) for row in series), series[0].shape[1], np.random.default_rng(seed))
+        self._draw(min(len(row) for row in X), X[0].shape[1], np.random.default_rng(seed))
         self.model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-3, 3, 10)))
-        self.model.fit(self._features(series), y)
+        self.model.fit(self._features(X), y)
         self.classes = int(y.max()) + 1
         return FitReport(time.perf_counter() - began)
 
@@ -132,11 +132,11 @@ class RandomKernels:
             features[rows] = torch.cat(columns, 1).numpy()
         return features
 
-    def predict_proba(self, series: list[np.ndarray]) -> np.ndarray:
+    def predict_proba(self, X: list[np.ndarray]) -> np.ndarray:
         """Return the softmax of the ridge classifier's decision values, ``(N, classes)``; they are not calibrated."""
-        decision = self.model.decision_function(self._features(series))
+        decision = self.model.decision_function(self._features(X))
         decision = np.stack([-decision, decision], 1) if decision.ndim == 1 else decision
-        known = np.full((len(series), self.classes), -np.inf)
+        known = np.full((len(X), self.classes), -np.inf)
         known[:, self.model[-1].classes_] = decision
         shifted = np.exp(known - known.max(1, keepdims=True))
         return shifted / shifted.sum(1, keepdims=True)

@@ -34,7 +34,7 @@ class SeriesCompetitor(Protocol):
 
     def fit(
         self,
-        series: list[np.ndarray],
+        X: list[np.ndarray],
         y: np.ndarray,
         *,
         seed: int,
@@ -45,7 +45,7 @@ class SeriesCompetitor(Protocol):
         """Train on series ``(L_i, C)`` with class numbers ``(N,)``."""
         ...
 
-    def predict_proba(self, series: list[np.ndarray]) -> np.ndarray:
+    def predict_proba(self, X: list[np.ndarray]) -> np.ndarray:
         """Return class probabilities, ``(N, classes)``, columns in order of class number."""
         ...
 

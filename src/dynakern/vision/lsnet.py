@@ -124,7 +124,7 @@ class _RepVGGDW(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = _ConvNorm(dim, dim, 3, groups=dim)
-        self.conv1: nn.Module | None = _ConvNorm(dim, dim, 1, groups=dim)
+        self.conv1: _ConvNorm | None = _ConvNorm(dim, dim, 1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) if self.conv1 is None else self.conv(x) + self.conv1(x) + x

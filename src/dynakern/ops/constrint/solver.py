@@ -258,7 +258,7 @@ def _multiple(d: _Domains, terms: tuple[Term, ...], number: int) -> list[int]:
     v = _only_free(d, terms)
     if v is None:
         return []
-    coefficient, powers = terms[0]
+    coefficient, powers = terms[0]  # pyright: ignore[reportGeneralTypeIssues]
     for w, e in powers:
         if w != v:
             coefficient *= d.low[w] ** e
@@ -270,7 +270,7 @@ def _only_free(d: _Domains, terms: tuple[Term, ...]) -> int | None:
     if len(terms) > 1:
         return None
     low, high, found = d.low, d.high, None
-    for v, e in terms[0][1]:
+    for v, e in terms[0][1]:  # pyright: ignore[reportGeneralTypeIssues]
         if low[v] != high[v]:
             if found is not None or e != 1:
                 return None

@@ -200,7 +200,7 @@ class _SeasonalNorm(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, layers: list[nn.Module], d_model: int, c_out: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], d_model: int, c_out: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm, self.projection = _SeasonalNorm(d_model), nn.Linear(d_model, c_out)
