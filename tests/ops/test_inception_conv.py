@@ -230,6 +230,10 @@ def test_refusals():
         inception_conv(x.long(), square, b0, wide, b1, tall, b2)
     with pytest.raises(TypeError, match="`bias_h` must have a floating-point dtype"):
         inception_conv(x, square, b0, wide, b1, tall, b2.long())
+    with pytest.raises(TypeError, match="`x` must be a tensor, got list"):
+        inception_conv([1.0], square, b0, wide, b1, tall, b2)
+    with pytest.raises(TypeError, match="`weight_w` must be a tensor, got NoneType"):
+        inception_conv(x, square, b0, None, b1, tall, b2)
     with pytest.raises(ValueError, match="on one device"):
         inception_conv(x, square, b0, wide.to("meta"), b1, tall, b2)
 

@@ -6,7 +6,6 @@ split or joined.
 
 Example:
     >>> import torch
-    >>> from dynakern.ops import inception_conv
     >>> square, wide, tall = torch.randn(4, 1, 3, 3), torch.randn(4, 1, 1, 11), torch.randn(4, 1, 11, 1)
     >>> x = torch.randn(2, 32, 28, 28)
     >>> y = inception_conv(x, square, None, wide, None, tall, None)
@@ -83,20 +82,37 @@ def inception_conv(
 
     Source: arXiv:2303.16900, section 3.2.
     """
-    weights = {"weight_hw": weight_hw, "weight_w": weight_w, "weight_h": weight_h}
-    biases = {"bias_hw": bias_hw, "bias_w": bias_w, "bias_h": bias_h}
-    _check(x, weights, biases)
     arguments = (x, weight_hw, bias_hw, weight_w, bias_w, weight_h, bias_h)
+    if not _fits(*arguments):
+        weights = {"weight_hw": weight_hw, "weight_w": weight_w, "weight_h": weight_h}
+        _check(x, weights, {"bias_hw": bias_hw, "bias_w": bias_w, "bias_h": bias_h})
     engine = resolve_backend("inception_conv", backend, arguments, refusals={"cpu": None})
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in arguments if t is not None))
     if x.device.type == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)
-    wide = tuple(None if t is None else t.to(dtype) for t in arguments)
+    wide: list[Any] = [t if t is None or t.dtype == dtype else t.to(dtype) for t in arguments]
     if engine == "cpu":
         y = torch.ops.dynakern.inception_conv(*wide)
     else:
-        y = inception_reference(wide[0], list(wide[1::2]), list(wide[2::2]))
+        y = inception_reference(wide[0], wide[1::2], wide[2::2])
     return y.to(x.dtype)
+
+
+def _fits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether all is as usual, in one dtype: a quick look, since :func:`_check` takes as long as a small image."""
+    weights = [t for t in parameters[::2] if isinstance(t, Tensor)]
+    biases = [t for t in parameters[1::2] if t is not None]
+    if not isinstance(x, Tensor) or len(weights) < 3 or not all(isinstance(t, Tensor) for t in biases):
+        return False
+    if any(t.dtype != x.dtype or t.device != x.device for t in (*weights, *biases)):
+        return False
+    square, wide, tall = (t.shape for t in weights)
+    if not x.ndim == len(square) == len(wide) == 4:
+        return False
+    g, s, b = square[0], square[3], wide[3]
+    fit = square == (g, 1, s, s) and wide == (g, 1, 1, b) and tall == (g, 1, b, 1) and s % 2 == b % 2 == 1
+    fit = fit and all(t.shape == (g,) for t in biases)
+    return fit and x.is_floating_point() and 0 < 3 * g <= x.shape[1] and x.shape[2] > 0 and x.shape[3] > 0
 
 
 def _check(x: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor | None]) -> None:

@@ -1,11 +1,11 @@
-# pyright: reportCallIssue=false
-# Numba's intrinsics are called without their first parameter, which Python's types do not know.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# Numba's intrinsics are called without their first parameter, and its settings are made at run time.
 """The Numba kernels of the inception convolution, which :mod:`.cpu` calls; it explains lines, places and vectors.
 
 Of the two directions of a stencil, p is the one in which a line runs, q the other: columns of a stencil are its q in
 planes, where a vector lies in a row, and its p channels last. Positions are counted in numbers. Tensors come as the
-addresses of their first numbers, with an array ``like`` of their dtype: to make arrays of them would take longer than to
-convolve a small image.
+addresses of their first numbers, with an array ``like`` of their dtype: to make arrays of them would take longer than
+to convolve a small image.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = ["inception_reference"]
 
 
-def inception_reference(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def inception_reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Return ``(N, C, H, W)`` from x and the three branches' weights, ``(G, 1, KH, KW)``, and biases, ``(G,)``."""
     G = weights[0].shape[0]
     parts = list(x.split([x.shape[1] - 3 * G, G, G, G], dim=1))
