@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dynakern.compare.run import Comparison, Summary
 from dynakern.measure import describe_environment
 
@@ -128,8 +130,9 @@ def _pareto(comparison: Comparison) -> Figure:
     metric = comparison.task.headline
     shown = [s for s in comparison.summaries if s.metrics and s.latency_ms]
     # A hopeless competitor must not press all others into one line: it is drawn at the upper edge, with its figure.
-    ceiling = 2.0 * min((s.metrics[metric][0] for s in shown), default=1.0)
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    scores = np.array([s.metrics[metric][0] for s in shown] or [1.0])
+    ceiling = max(scores.min() + 3 * (np.median(scores) - scores.min()), 1.05 * scores.min(), 1e-12)
+    figure, named = Figure(figsize=(11, 4.6), layout="constrained"), []
     for axes, field, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("latency_ms", "train_seconds"),
@@ -140,17 +143,24 @@ def _pareto(comparison: Comparison) -> Figure:
         points = [(float(getattr(s, field)), s.metrics[metric][0]) for s in usable]
         front = [points[i] for i in pareto_front(points)]
         axes.plot([x for x, _ in front], [min(y, ceiling) for _, y in front], color="0.75", lw=1.2, zorder=1)
-        for s, (x, y) in zip(usable, points, strict=True):
-            _mark(axes, s, x, y, s.metrics[metric][1], ceiling)
+        labels = [_mark(axes, s, x, y, s.metrics[metric][1], ceiling) for s, (x, y) in zip(usable, points, strict=True)]
+        named.append((axes, labels))
         axes.set_xscale("log")
         axes.margins(x=0.18, y=0.12)
         axes.set_xlabel(label)
         axes.grid(True, color="0.93")
     figure.axes[0].set_ylabel(_title(metric))
+    figure.draw_without_rendering()  # only now are places on the paper known
+    for axes, labels in named:
+        _write_labels(axes, labels)
     return figure
 
 
-def _mark(axes: Axes, s: Summary, x: float, y: float, spread: float, ceiling: float) -> None:
+Label = tuple[float, float, str, str]  # place, text, colour
+
+
+def _mark(axes: Axes, s: Summary, x: float, y: float, spread: float, ceiling: float) -> Label:
+    """Draw one competitor; return the label that belongs there."""
     color = "0.45" if s.is_baseline else "C0"
     if y > ceiling:
         axes.plot(x, ceiling, marker="^", color=color)
@@ -158,7 +168,22 @@ def _mark(axes: Axes, s: Summary, x: float, y: float, spread: float, ceiling: fl
     else:
         axes.errorbar(x, y, yerr=spread, fmt="s" if s.is_baseline else "o", color=color, capsize=2, zorder=2)
         text = s.competitor
-    axes.annotate(text, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color=color)
+    return x, y, text, color
+
+
+def _write_labels(axes: Axes, labels: list[Label]) -> None:
+    """Write labels beside their points, from the lowest on, each above those that it would cover."""
+    points_per_pixel = 72 / axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
+    taken: list[tuple[float, float, float]] = []  # left, right, height, in points
+    for x, y, text, color in sorted(labels, key=lambda label: label[1]):
+        px, py = axes.transData.transform((x, y)) * points_per_pixel
+        left, right, up = px + 6, px + 6 + 5.2 * len(text), 3.0
+        while any(abs(py + up - height) < 11 and left < r and l < right for l, r, height in taken):
+            up += 2
+        taken.append((left, right, py + up))
+        line = {"arrowstyle": "-", "color": "0.8", "lw": 0.7} if up > 12 else None
+        place: Any = {"textcoords": "offset points", "xytext": (6, up), "arrowprops": line}
+        axes.annotate(text, (x, y), fontsize=8.5, color=color, **place)
 
 
 def _svg(figure: Figure) -> str:

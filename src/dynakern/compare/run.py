@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,7 +177,11 @@ def _run_jobs(
         return
     left = dict.fromkeys(todo)
     try:
-        with _backend(jobs, cluster):
+        with _backend(jobs, cluster), warnings.catch_warnings():
+            # A worker that grew is replaced by a fresh one, which is no concern of who waits for results.
+            warnings.filterwarnings(
+                "ignore", message="A worker stopped while some jobs were given", category=UserWarning
+            )
             parallel: Any = joblib.Parallel(n_jobs=-1 if cluster else jobs, return_as="generator_unordered")
             for result in parallel(joblib.delayed(_one_job)(task, *job, budget, device, None) for job in todo):
                 del left[result[:2]]
