@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dynakern import (
+        adaptive,
         checks,
         claims,
         compare,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "adaptive",
     "checks",
     "claims",
     "compare",

@@ -6,6 +6,7 @@ from dynakern.vision.lsnet import LKP, LSConv, LSNet
 from dynakern.vision.replace import LargeConv2d, replace_conv
 from dynakern.vision.replknet import RepLKNet, ShapeBias, shape_bias, sweep_kernels
 from dynakern.vision.shiftaddvit import PVT, LinearAngularAttention, PVTv2, ShiftLinear, convert_to_shiftadd
+from dynakern.vision.terminator import Kar2, Kar3, Terminator
 from dynakern.vision.unireplknet import UniRepLKNet
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "FDConvResNet",
     "InceptionDWConv2d",
     "InceptionNeXt",
+    "Kar2",
+    "Kar3",
     "LSConv",
     "LSNet",
     "LargeConv2d",
@@ -23,6 +26,7 @@ __all__ = [
     "RepLKNet",
     "ShapeBias",
     "ShiftLinear",
+    "Terminator",
     "UniRepLKNet",
     "convert_to_fdconv",
     "convert_to_shiftadd",
