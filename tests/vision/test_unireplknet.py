@@ -68,6 +68,22 @@ def test_merged_kernel_is_the_sum_of_all_branches(size):
         assert_same(block(x), expected)
 
 
+def test_a_kept_kernel_follows_the_weights():
+    block, x = noisy(DilatedReparamBlock(3, 7)), randn(1, 3, 9, 9, requires_grad=False)
+    with torch.no_grad():
+        before = block(x)
+        assert torch.equal(block(x), before)
+        block.dil_bn_k3_2.running_mean.add_(1)
+        after = block(x)
+    assert float((after - before).abs().max()) > 1e-3
+    assert_same(after, block(x).detach())
+    block.load_state_dict({k: v * 2 if k.endswith("weight") else v for k, v in block.state_dict().items()})
+    with torch.no_grad():
+        kept = block(x)
+    assert_same(kept, block(x).detach())
+    assert "_kept" not in block.state_dict()
+
+
 @pytest.mark.parametrize("size", [0, 3, 5, 7])
 def test_fused_block_and_its_keys(size):
     block = noisy(UniRepLKNetBlock(8, size, layer_scale_init_value=0.5))

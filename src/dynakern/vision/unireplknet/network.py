@@ -14,6 +14,7 @@ from dynakern.checks import check_floating, check_positive, check_shape
 from dynakern.layers.vision import (
     DropPath,
     LayerNorm2d,
+    cache_key,
     check_fusable,
     drop_path_rates,
     fuse_conv_norm,
@@ -66,6 +67,7 @@ class DilatedReparamBlock(nn.Module):
         if kernel_size not in BRANCHES:
             raise ValueError(f"`kernel_size` must be one of {sorted(BRANCHES)}, got {kernel_size}.")
         self.kernel_size, self.deploy = kernel_size, deploy
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
         made: dict[str, Any] = {"groups": channels, "bias": deploy}
         self.lk_origin = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, **made)
         if deploy:
@@ -83,15 +85,23 @@ class DilatedReparamBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of ``x``."""
-        y = depthwise_conv2d(x, self.lk_origin.weight, self.lk_origin.bias)
         if self.deploy:
-            return y
+            return depthwise_conv2d(x, self.lk_origin.weight, self.lk_origin.bias)
         if not self.training and not torch.is_grad_enabled():
-            return depthwise_conv2d(x, *self.merged())  # one convolution instead of six
-        y = self.origin_bn(y)
+            return depthwise_conv2d(x, *self._merged_once())  # one convolution instead of six
+        y = self.origin_bn(depthwise_conv2d(x, self.lk_origin.weight))
         for k, r in self.branches:
             y = y + self.get_submodule(f"dil_bn_k{k}_{r}")(self.get_submodule(f"dil_conv_k{k}_{r}")(x))
         return y
+
+    def _merged_once(self) -> tuple[Tensor, Tensor]:
+        """Return :meth:`merged`, kept from the last call where nothing has changed since."""
+        key = cache_key(*self.parameters(), *(b for b in self.buffers() if b.is_floating_point()))
+        if key is None:
+            return self.merged()
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.merged()
+        return self._kept[1]
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Return kernel ``(C, 1, K, K)`` and bias ``(C,)`` of the convolution that all branches are in eval mode."""
