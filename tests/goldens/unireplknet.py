@@ -34,10 +34,10 @@ def _part(tensors, prefix):
 
 
 def _points(config, params, points):
-    sizes = {
-        name: config[name] for name in ("trans_dim", "graph_dim", "imgblock_dim", "img_size", "obj_size", "num_views")
-    }
-    projection = load_official(PointProjection(num_neighbors=config["local_size"], **sizes), params).eval()
+    sizes = {name: config[name] for name in ("trans_dim", "graph_dim", "img_size", "obj_size", "num_views")}
+    fusion = config.get("atten_fusion", False)
+    projection = PointProjection(num_neighbors=config["local_size"], fusion=fusion, **sizes)
+    load_official(projection, params).eval()
     with torch.no_grad():
         return {"rotated_points": projection.rotate(points), "image": projection(points)}
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dynakern import load_official
 from dynakern.testing import assert_same, randn
 from dynakern.vision.unireplknet import PointProjection, audio_to_map, log_mel, video_to_map, view_rotations
 
@@ -75,7 +76,7 @@ def test_rotations_turn():
 
 def small(**options):
     torch.manual_seed(0)
-    sizes = {"num_neighbors": 4, "trans_dim": 4, "graph_dim": 8, "imgblock_dim": 8, "img_size": 20, "obj_size": 16}
+    sizes = {"num_neighbors": 4, "trans_dim": 4, "graph_dim": 8, "img_size": 20, "obj_size": 16}
     return PointProjection(**{**sizes, **options}).eval()
 
 
@@ -94,10 +95,35 @@ def test_points_fill_the_square_and_move_with_nothing():
         assert_same(projection(points)[:2], projection(points[:1]), rtol=1e-4)  # clouds do not see each other
 
 
-def test_gradients_reach_the_projection():
-    projection = small().train()
+@pytest.mark.parametrize("fusion", [False, True])
+def test_gradients_reach_the_projection(fusion):
+    projection = small(fusion=fusion).train()
     projection(torch.rand(1, 30, 3)).sum().backward()
     assert all(p.grad is not None for p in projection.parameters())
+
+
+def test_fused_views_see_each_other_and_other_clouds_do_not():
+    projection, points = small(fusion=True, num_views=3), torch.rand(2, 30, 3)
+    with torch.no_grad():
+        whole = projection(points)
+        assert_same(projection(points[:1]), whole[:3], rtol=1e-4)
+    x = torch.randn(3, 8, 20, 20, requires_grad=True)
+    (gradient,) = torch.autograd.grad(projection.fusion(x)[0].sum(), x)
+    assert float(gradient[2].abs().max()) > 0  # another view of the same cloud
+
+
+def test_fusion_loads_by_the_authors_names():
+    source, target = small(fusion=True), small(fusion=True)
+    theirs = {"patches": "conv1", "qkv": "transformer.layers.0.0.fn.to_qkv", "fc2": "transformer.layers.0.1.fn.net.3"}
+    theirs |= {"norm1": "transformer.layers.0.0.norm", "norm2": "transformer.layers.0.1.norm", "up": "conv2.0"}
+    theirs |= {"out": "transformer.layers.0.0.fn.to_out.0", "fc1": "transformer.layers.0.1.fn.net.0", "join": "conv3.0"}
+    state = {}
+    for key, value in source.state_dict().items():
+        for ours, name in theirs.items():
+            key = key.replace(f"fusion.{ours}.", f"fusion.{name}.")
+        state[key] = value + 1
+    load_official(target, state)
+    assert_same(target.fusion.join.weight, source.fusion.join.weight + 1)
 
 
 def test_refusals():
@@ -111,5 +137,5 @@ def test_refusals():
         small()(torch.rand(1, 3, 3))
     with pytest.raises(ValueError, match="must be even, from 8"):
         small(obj_size=15)
-    with pytest.raises(ValueError, match="multiple of 4 and equal"):
-        small(graph_dim=12)
+    with pytest.raises(ValueError, match="must be a multiple of 4, got 6"):
+        small(graph_dim=6)

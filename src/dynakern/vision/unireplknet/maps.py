@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -144,6 +145,57 @@ def view_rotations(num_views: int) -> Tensor:
     return torch.stack(found)
 
 
+class _ViewFusion(nn.Module):
+    """Let the views of a cloud see each other: patches of all through one transformer layer, back, and joined."""
+
+    def __init__(self, channels: int, img_size: int, num_views: int, *, width: int = 128, num_heads: int = 8) -> None:
+        super().__init__()
+        self.num_views, self.num_heads, self.img_size, inner = num_views, num_heads, img_size, num_heads * width
+        self.patches = nn.Conv2d(channels, width, 7, stride=7, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * inner, bias=False), nn.Linear(inner, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.up = nn.Conv2d(width, channels, 3, padding=1)
+        self.join = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B V, C, S, S)`` of ``(B V, C, S, S)``."""
+        maps = self.patches(x)
+        side = maps.shape[2:]
+        tokens = maps.flatten(2).transpose(1, 2)  # (B V, P, 128)
+        tokens = tokens.unflatten(0, (-1, self.num_views)).flatten(1, 2)  # all views of a cloud side by side
+        q, k, v = self.qkv(self.norm1(tokens)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        tokens = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        maps = tokens.unflatten(1, (self.num_views, -1)).flatten(0, 1).transpose(1, 2).unflatten(2, side)
+        maps = F.gelu(self.up(F.interpolate(maps, size=self.img_size)))
+        return F.gelu(self.join(torch.cat([maps, x], 1)))
+
+
+# The authors' names of the parts of the fusion, and ours.
+_FUSION = {
+    "conv1.": "patches.",
+    "transformer.layers.0.0.norm.": "norm1.",
+    "transformer.layers.0.0.fn.to_qkv.": "qkv.",
+    "transformer.layers.0.0.fn.to_out.0.": "out.",
+    "transformer.layers.0.1.norm.": "norm2.",
+    "transformer.layers.0.1.fn.net.0.": "fc1.",
+    "transformer.layers.0.1.fn.net.3.": "fc2.",
+    "conv2.0.": "up.",
+    "conv3.0.": "join.",
+}
+
+
+def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Turn the authors' names of the fusion of views into ours; all others are the same."""
+    new = {}
+    for key, value in state.items():
+        for theirs, ours in _FUSION.items():
+            key = key.replace(f"fusion.{theirs}", f"fusion.{ours}")
+        new[key] = value
+    return new
+
+
 class PointProjection(nn.Module):
     r"""Turn point clouds into pictures from several sides, with learned colours.
 
@@ -153,17 +205,16 @@ class PointProjection(nn.Module):
     Args:
         num_neighbors: Nearest points k, the point itself included.
         trans_dim: Width t of the first map.
-        graph_dim: Width of a point's feature, a multiple of 4.
-        imgblock_dim: Width of the picture before its last map; equal to ``graph_dim``.
+        graph_dim: Width of a point's feature, and of the picture before its last map; a multiple of 4.
         img_size: Side of the pictures.
         obj_size: Side S of the square that the cloud fills, even.
         num_views: Views V, at most 10.
+        fusion: Let the views of a cloud see each other, by one transformer layer over patches of 7 x 7 pixels.
 
     Raises:
         ValueError: A size does not fit.
 
-    Source: the projection of P2P (Wang et al., 2022, arXiv:2208.02812) as used by arXiv:2311.15599; the fusion of views
-    by attention is not here.
+    Source: the projection of P2P (Wang et al., 2022, arXiv:2208.02812) as used by arXiv:2311.15599.
     """
 
     def __init__(
@@ -172,26 +223,25 @@ class PointProjection(nn.Module):
         num_neighbors: int = 32,
         trans_dim: int = 8,
         graph_dim: int = 64,
-        imgblock_dim: int = 64,
         img_size: int = 224,
         obj_size: int = 224,
         num_views: int = 4,
+        fusion: bool = False,
     ) -> None:
         super().__init__()
         if obj_size > img_size or obj_size % 2 or obj_size < 8:
             raise ValueError(f"`obj_size` must be even, from 8 to `img_size` {img_size}, got {obj_size}.")
-        if graph_dim % 4 or imgblock_dim != graph_dim:
-            raise ValueError(
-                f"`graph_dim` must be a multiple of 4 and equal `imgblock_dim`, got {graph_dim} and {imgblock_dim}."
-            )
+        if graph_dim % 4:
+            raise ValueError(f"`graph_dim` must be a multiple of 4, got {graph_dim}.")
         self.num_neighbors, self.img_size, self.obj_size = num_neighbors, img_size, obj_size
         self.input_trans = nn.Conv1d(3, trans_dim, 1)
         self.graph_layer = nn.Sequential(
             nn.Conv2d(2 * trans_dim, graph_dim, 1, bias=False), nn.GroupNorm(4, graph_dim), nn.LeakyReLU(0.2)
         )
-        self.proj_layer = nn.Conv1d(graph_dim, imgblock_dim, 1)
-        self.img_block = nn.Sequential(BasicBlock(imgblock_dim, imgblock_dim), nn.Conv2d(imgblock_dim, imgblock_dim, 1))
-        self.img_layer = nn.Conv2d(imgblock_dim, 3, 1)
+        self.proj_layer = nn.Conv1d(graph_dim, graph_dim, 1)
+        self.img_block = nn.Sequential(BasicBlock(graph_dim, graph_dim), nn.Conv2d(graph_dim, graph_dim, 1))
+        self.fusion = _ViewFusion(graph_dim, img_size, num_views) if fusion else nn.Identity()
+        self.img_layer = nn.Conv2d(graph_dim, 3, 1)
         self.register_buffer("rotations", view_rotations(num_views), persistent=False)
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1), persistent=False)
@@ -244,5 +294,5 @@ class PointProjection(nn.Module):
         image = f.new_zeros(*f.shape[:2], side * side).scatter_add(2, index, f).unflatten(2, (side, side))
         margin = self.img_size - side
         image = F.pad(image, (margin // 2, margin - margin // 2) * 2)
-        colours = torch.sigmoid(self.img_layer(self.img_block(image)))
+        colours = torch.sigmoid(self.img_layer(self.fusion(self.img_block(image))))
         return (colours - self.mean) / self.std
