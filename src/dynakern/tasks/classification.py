@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dynakern import train
-from dynakern.tasks.forecast import FitReport, Progress
+from dynakern import measure, train
+from dynakern.tasks.forecast import Cost, FitReport, Outcome, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NetworkClassifier", "classification_scores", "draw_confusion", "stratified_quarter"]
+__all__ = [
+    "NetworkClassifier",
+    "classification_scores",
+    "draw_confusion",
+    "fit_and_score",
+    "held_out",
+    "measured_cost",
+    "stratified_quarter",
+]
 
 
 def stratified_quarter(labels: np.ndarray) -> np.ndarray:
@@ -24,6 +32,15 @@ def stratified_quarter(labels: np.ndarray) -> np.ndarray:
         members = rng.permutation(np.flatnonzero(labels == label))
         chosen[members[: max(1, round(0.25 * len(members)))]] = True
     return chosen
+
+
+def held_out(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return which samples, a fraction of each class rounded down, are held out for validation: ``(N,)``."""
+    held, rng = np.zeros(len(targets), dtype=bool), np.random.default_rng(seed)
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        held[members[: int(fraction * len(members))]] = True
+    return held
 
 
 def classification_scores(probabilities: np.ndarray, y: np.ndarray) -> dict[str, float]:
@@ -81,6 +98,8 @@ def draw_confusion(predictions: dict[str, np.ndarray], y: np.ndarray, classes: S
 class _Task(Protocol):
     def part(self, *, test: bool) -> tuple[Any, np.ndarray]: ...
 
+    def build(self, name: str) -> Any: ...
+
 
 class NetworkClassifier:
     """A deep network as a competitor, trained by one of the estimators of classification.
@@ -127,3 +146,37 @@ class NetworkClassifier:
         self.model.network_ = self.model._build()
         self.model.network_.load_state_dict(load(weights))
         self.model.network_.to(device or "cpu").eval()
+
+
+def fit_and_score(
+    task: _Task, name: str, *, seed: int, budget: train.Budget, device: str | None, progress: Progress | None
+) -> Outcome:
+    """Train one competitor of a task with one seed and score it on the test part."""
+    competitor = task.build(name)
+    x, y = task.part(test=False)
+    report = competitor.fit(x, y, seed=seed, budget=budget, device=device, progress=progress)
+    x, y = task.part(test=True)
+    probabilities = competitor.predict_proba(x)
+    weights = competitor.to_bytes() if isinstance(competitor, NetworkClassifier) else None
+    return Outcome(classification_scores(probabilities, y), report, weights, probabilities.argmax(1).astype(np.int64))
+
+
+def measured_cost(task: _Task, name: str, *, seed: int, weights: bytes | None, device: str | None) -> Cost:
+    """Measure what a trained competitor costs to use; baselines without a network are fitted again first."""
+    competitor = task.build(name)
+    if isinstance(competitor, NetworkClassifier) and weights is not None:
+        competitor.load_bytes(task, weights, device=device)
+    else:
+        x, y = task.part(test=False)
+        competitor.fit(x, y, seed=seed, budget=train.Budget(epochs=1), device=device, progress=None)
+    test, _ = task.part(test=True)
+    one, batch = test[:1], test[:32]
+    timing = measure.time_interleaved({"predict": lambda: competitor.predict_proba(one)}, repeats=15, warmup=3)
+    competitor.predict_proba(batch)
+    memory_device = "cuda" if device and device.startswith("cuda") else "cpu"
+    memory = measure.peak_memory(lambda: competitor.predict_proba(batch), device=memory_device)
+    parameters = flops = None
+    if isinstance(competitor, NetworkClassifier):
+        parameters = measure.count_parameters(competitor.model.network_)
+        flops = measure.count_flops(lambda: competitor.predict_proba(one))
+    return Cost(parameters, flops, timing["predict"].median * 1e3, memory)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from dynakern import train
 from dynakern.checks import check_choice, check_finite, check_positive
+from dynakern.tasks.classification import held_out
 from dynakern.tasks.networks import Factory, batches, build_network, seed_from
 
 __all__ = ["ImageClassifier"]
@@ -151,7 +152,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"`validation_fraction` must be in [0, 1), got {self.validation_fraction!r}.")
         x, targets = self._prepare(X, y)
         seed = seed_from(self.random_state)
-        held = self._held_out(targets.numpy(), seed)
+        held = held_out(targets.numpy(), self.validation_fraction, seed)
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -182,14 +183,6 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
             progress=progress,
         )
         return self
-
-    def _held_out(self, targets: np.ndarray, seed: int) -> np.ndarray:
-        held = np.zeros(len(targets), dtype=bool)
-        rng = np.random.default_rng(seed)
-        for label in np.unique(targets):
-            members = rng.permutation(np.flatnonzero(targets == label))
-            held[members[: int(self.validation_fraction * len(members))]] = True
-        return held
 
     def _images(self, X: Any, *, reset: bool) -> np.ndarray:
         """Return images ``(N, C, H, W)``, float32."""

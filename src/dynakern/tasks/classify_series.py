@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from dynakern import train
 from dynakern.checks import check_finite
+from dynakern.tasks.classification import held_out
 from dynakern.tasks.networks import Factory, batches, build_network, seed_from
 
 __all__ = ["SeriesClassifier"]
@@ -121,7 +122,7 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"`validation_fraction` must be in [0, 1), got {self.validation_fraction!r}.")
         data = self._prepare(X, y)
         seed = seed_from(self.random_state)
-        held = self._held_out(data[2], seed)
+        held = held_out(data[2], self.validation_fraction, seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.network_: nn.Module = self._build()
@@ -140,14 +141,6 @@ class SeriesClassifier(ClassifierMixin, BaseEstimator):
             progress=progress,
         )
         return self
-
-    def _held_out(self, targets: np.ndarray, seed: int) -> np.ndarray:
-        held = np.zeros(len(targets), dtype=bool)
-        rng = np.random.default_rng(seed)
-        for label in np.unique(targets):
-            members = rng.permutation(np.flatnonzero(targets == label))
-            held[members[: int(self.validation_fraction * len(members))]] = True
-        return held
 
     def _series(self, X: Any, *, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return padded series ``(N, L, C)``, float64, and their lengths ``(N,)``."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from dynakern import measure, train
+from dynakern import train
 from dynakern.checks import check_choice, check_positive, unknown_name
 from dynakern.data.labelled import LabelledSeries, log_spectrogram
 from dynakern.tasks.classification import (
     NetworkClassifier,
-    classification_scores,
     draw_confusion,
+    fit_and_score,
+    measured_cost,
     stratified_quarter,
 )
 from dynakern.tasks.classify_series import SeriesClassifier
@@ -185,14 +186,7 @@ class ClassifySeriesTask:
         self, name: str, *, seed: int, budget: train.Budget, device: str | None = None, progress: Progress | None = None
     ) -> Outcome:
         """Train one competitor with one seed and score it on the test series."""
-        competitor = self.build(name)
-        series, y = self.part(test=False)
-        report = competitor.fit(series, y, seed=seed, budget=budget, device=device, progress=progress)
-        series, y = self.part(test=True)
-        probabilities = competitor.predict_proba(series)
-        metrics = classification_scores(probabilities, y)
-        weights = competitor.to_bytes() if isinstance(competitor, NetworkClassifier) else None
-        return Outcome(metrics, report, weights, probabilities.argmax(1).astype(np.int64))
+        return fit_and_score(self, name, seed=seed, budget=budget, device=device, progress=progress)
 
     def draw(self, predictions: dict[str, np.ndarray]) -> Figure:
         """Draw the confusion matrices of the best three competitors.
@@ -204,23 +198,7 @@ class ClassifySeriesTask:
 
     def cost(self, name: str, *, seed: int, weights: bytes | None, device: str | None = None) -> Cost:
         """Measure what a trained competitor costs to use; baselines without a network are fitted again first."""
-        competitor = self.build(name)
-        series, y = self.part(test=False)
-        if isinstance(competitor, NetworkClassifier) and weights is not None:
-            competitor.load_bytes(self, weights, device=device)
-        else:
-            competitor.fit(series, y, seed=seed, budget=train.Budget(epochs=1), device=device, progress=None)
-        test, _ = self.part(test=True)
-        one, batch = test[:1], test[:32]
-        timing = measure.time_interleaved({"predict": lambda: competitor.predict_proba(one)}, repeats=15, warmup=3)
-        competitor.predict_proba(batch)
-        memory_device = "cuda" if device and device.startswith("cuda") else "cpu"
-        memory = measure.peak_memory(lambda: competitor.predict_proba(batch), device=memory_device)
-        parameters = flops = None
-        if isinstance(competitor, NetworkClassifier):
-            parameters = measure.count_parameters(competitor.model.network_)
-            flops = measure.count_flops(lambda: competitor.predict_proba(one))
-        return Cost(parameters, flops, timing["predict"].median * 1e3, memory)
+        return measured_cost(self, name, seed=seed, weights=weights, device=device)
 
 
 def _block_means(row: np.ndarray, block: int) -> np.ndarray:
