@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynakern.adaptive.dynamic_pruning import VGG, DynamicNetwork, DynamicPruner, ftwt_vgg16_bn
+from dynakern.claims.digits import divide, read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.measure import time_interleaved
 
@@ -31,14 +31,10 @@ _Data = tuple[Tensor, Tensor]
 
 def _digits() -> tuple[_Data, _Data]:
     """Return 1,200 training and 597 test digits as images of 3 x 16 x 16 pixels, with labels."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    x = F.interpolate(x, (16, 16), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order].contiguous(), torch.tensor(data.target)[order]
-    return (x[:1200], y[:1200]), (x[1200:], y[1200:])
+    x, y = read_digits()
+    x = F.interpolate(x, (16, 16), mode="bilinear", align_corners=False).repeat(1, 3, 1, 1)
+    x, y, x_test, y_test = divide(x, y)
+    return (x, y), (x_test, y_test)
 
 
 def _batches(data: _Data, size: int, generator: torch.Generator) -> Iterator[_Data]:

@@ -8,12 +8,12 @@ of the 7x7 convolution, each in its better memory layout. Accuracies and through
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynakern.claims.digits import divide, read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.measure import time_interleaved
 from dynakern.vision.inception_next import InceptionDWConv2d, InceptionNeXt
@@ -23,15 +23,10 @@ __all__ = ["CLAIMS"]
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1,200 training and 597 test digits, enlarged to 32 x 32 and standardised, and their labels."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
-    x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], torch.tensor(data.target)[order]
-    x = (x - x[:1200].mean()) / x[:1200].std()
-    return x[:1200], y[:1200], x[1200:], y[1200:]
+    x, y = read_digits()
+    x, y, x_test, y_test = divide(F.interpolate(x, (32, 32), mode="bilinear", align_corners=False), y)
+    mean, std = x.mean(), x.std()
+    return (x - mean) / std, y, (x_test - mean) / std, y_test
 
 
 _MIXERS: dict[str, Callable[[int], nn.Module]] = {

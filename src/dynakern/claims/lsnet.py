@@ -9,12 +9,12 @@ nothing. The tables on ImageNet are not measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynakern.claims.digits import divide, read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.measure import count_parameters, time_interleaved
 from dynakern.ops import ska
@@ -26,19 +26,14 @@ __all__ = ["CLAIMS"]
 
 def _placed_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1,200 training and 597 test digits of 12 x 12 pixels at random places of 24 x 24, with noise."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
     generator = torch.Generator().manual_seed(0)
-    small = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    small, y = read_digits()
     small = F.interpolate(small, (12, 12), mode="bilinear", align_corners=False)
     x = torch.zeros(len(small), 1, 24, 24)
     for image, digit, (top, left) in zip(x, small, torch.randint(13, (len(x), 2), generator=generator), strict=True):
         image[:, top : top + 12, left : left + 12] = digit
     x += 0.15 * torch.randn(x.shape, generator=generator)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], torch.tensor(data.target)[order]
-    return x[:1200], y[:1200], x[1200:], y[1200:]
+    return divide(x, y)
 
 
 class _Skip(nn.Module):

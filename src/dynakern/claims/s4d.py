@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynakern.claims.digits import read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.sequence.s4d import S4DKernel, S4DModel, hippo
 from dynakern.train import Budget, fit
@@ -60,10 +61,8 @@ def theorem_three(progress: Progress) -> Iterator[Measurement]:
 
 def _digit_sequences() -> tuple[np.ndarray, np.ndarray]:
     """Return scikit-learn's 8x8 digits as sequences of 64 pixels in [0, 1], and their labels."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return np.asarray(images) / 16.0, np.asarray(labels)
+    x, y = read_digits()
+    return x.flatten(1).numpy(), y.numpy()
 
 
 def _final_states(kernel: S4DKernel, sequences: np.ndarray) -> np.ndarray:

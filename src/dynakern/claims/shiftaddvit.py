@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynakern.claims.digits import divide, read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.vision.shiftaddvit import (
     LinearAngularAttention,
@@ -48,13 +49,9 @@ class _DigitTransformer(nn.Module):
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1200 images and labels to train on, and 597 to test; grey values standardised by the former."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = images.float().view(-1, 1, 8, 8)[order], labels[order]
-    x = (x - x[:1200].mean()) / x[:1200].std()
-    return x[:1200], y[:1200], x[1200:], y[1200:]
+    x, y, x_test, y_test = divide(*read_digits())
+    mean, std = x.mean(), x.std()
+    return (x - mean) / std, y, (x_test - mean) / std, y_test
 
 
 def _train(model: nn.Module, epochs: int, data: tuple[Tensor, ...], progress: Progress, label: str, at: float) -> None:

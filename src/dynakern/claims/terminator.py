@@ -10,12 +10,12 @@ well; no superiority is claimed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynakern.claims.digits import divide, read_digits
 from dynakern.claims.run import Measurement, Progress
 from dynakern.vision.terminator import Kar3, MAGNet, MAGNetLocal, SFNEBlock, Terminator, warmup_cosine
 
@@ -75,13 +75,8 @@ def full_context(progress: Progress) -> Iterator[Measurement]:
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return 1,200 training and 597 test digits, standardised, of 3 x 8 x 8 pixels, with labels."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = ((x - x.mean()) / x.std()).repeat(1, 3, 1, 1)[order], torch.tensor(data.target)[order]
-    return x[:1200], y[:1200], x[1200:], y[1200:]
+    x, y = read_digits()
+    return divide(((x - x.mean()) / x.std()).repeat(1, 3, 1, 1), y)
 
 
 def trains_without_residuals(progress: Progress) -> Iterator[Measurement]:

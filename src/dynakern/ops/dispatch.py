@@ -21,7 +21,15 @@ from torch.autograd import forward_ad
 from dynakern.checks import check_choice
 from dynakern.measure import is_counting_flops
 
-__all__ = ["Backend", "Choice", "explain_backend", "numba_threads", "refuse_double_backward", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "Choice",
+    "explain_backend",
+    "numba_threads",
+    "numba_vector_bytes",
+    "refuse_double_backward",
+    "resolve_backend",
+]
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]
 
@@ -195,3 +203,16 @@ def numba_threads() -> Iterator[None]:
             yield
         finally:
             numba.set_num_threads(before)
+
+
+def numba_vector_bytes() -> int:
+    """Return how wide a vector of the processor that Numba compiles for is: 64 bytes with AVX-512, else 32."""
+    import llvmlite.binding as llvm
+    from numba.core import config
+
+    if config.CPU_FEATURES is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        wide = "+avx512f" in config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        host = config.CPU_NAME in (None, "host")  # pyright: ignore[reportAttributeAccessIssue]
+        wide = host and llvm.get_host_cpu_features().get("avx512f", False)
+    return 64 if wide else 32

@@ -185,10 +185,12 @@ class ClassifyImagesTask:
 
     def notes(self) -> str:
         """Return what the columns mean, for the report."""
-        sizes = "" if self.match is None else f" All networks were brought to about {self.match.target:g} "
+        sizes = ""
+        if self.match is not None:
+            sizes = f" All networks were brought to about {self.match.target:g} {self.match.quantity}."
         return (
             "error is the fraction of test images classified wrongly, balanced error its mean over classes, log loss "
-            f"the mean negative log-probability of the true class.{sizes}{'' if self.match is None else self.match[0]}"
+            f"the mean negative log-probability of the true class.{sizes}"
         )
 
     def competitors(self) -> list[str]:

@@ -13,25 +13,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.core.extending import intrinsic
+
+from dynakern.ops.dispatch import numba_vector_bytes
 
 __all__ = ["VECTOR_BYTES", "convolve", "correlate", "fold", "prepare", "relayout"]
 
-
-def _has_wide_vectors() -> bool:
-    """Whether Numba compiles for a processor with vectors of 512 bits."""
-    if config.CPU_FEATURES is not None:
-        return "+avx512f" in config.CPU_FEATURES
-    return config.CPU_NAME in (None, "host") and llvm.get_host_cpu_features().get("avx512f", False)
-
-
+VECTOR_BYTES = numba_vector_bytes()
 # Sums that are kept in registers: half of the 32 of 512 bits, three quarters of the 16 of 256 bits.
-VECTOR_BYTES, _MOST = (64, 16) if _has_wide_vectors() else (32, 12)
+_MOST = 16 if VECTOR_BYTES == 64 else 12
 
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 

@@ -13,24 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.core.extending import intrinsic
+
+from dynakern.ops.dispatch import numba_vector_bytes
 
 __all__ = ["VECTOR_BYTES", "convolve_last", "convolve_planes", "correlate_last", "correlate_planes", "fold"]
 
-
-def _has_wide_vectors() -> bool:
-    """Whether Numba compiles for a processor with vectors of 512 bits."""
-    if config.CPU_FEATURES is not None:
-        return "+avx512f" in config.CPU_FEATURES
-    return config.CPU_NAME in (None, "host") and llvm.get_host_cpu_features().get("avx512f", False)
-
-
-VECTOR_BYTES = 64 if _has_wide_vectors() else 32
+VECTOR_BYTES = numba_vector_bytes()
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 
 

@@ -13,25 +13,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.core.extending import intrinsic
 from torch import Tensor
+
+from dynakern.ops.dispatch import numba_vector_bytes
 
 __all__ = ["backward_input", "backward_kernels", "forward"]
 
 
-def _has_wide_vectors() -> bool:
-    """Whether Numba compiles for a processor with vectors of 512 bits."""
-    if config.CPU_FEATURES is not None:
-        return "+avx512f" in config.CPU_FEATURES
-    return config.CPU_NAME in (None, "host") and llvm.get_host_cpu_features().get("avx512f", False)
-
-
-_VECTOR_BYTES = 64 if _has_wide_vectors() else 32
+_VECTOR_BYTES = numba_vector_bytes()
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 
 
