@@ -10,6 +10,7 @@ from dynakern.ops.dispatch import Backend, Choice, explain_backend
 from dynakern.ops.dtw import dtw
 from dynakern.ops.fft_conv import fft_conv
 from dynakern.ops.flash_rnn import flash_rnn
+from dynakern.ops.gram import gram_product, gram_solve, nystroem, random_features
 from dynakern.ops.inception_conv import inception_conv
 from dynakern.ops.scan2d import scan2d
 from dynakern.ops.selective_scan import selective_scan
@@ -28,7 +29,11 @@ __all__ = [
     "explain_backend",
     "fft_conv",
     "flash_rnn",
+    "gram_product",
+    "gram_solve",
     "inception_conv",
+    "nystroem",
+    "random_features",
     "scan2d",
     "selective_scan",
     "ska",
