@@ -1,9 +1,9 @@
 r"""Kernel matrices that are never written down: products, solves and features of :math:`K_{ij} = k(x_i, y_j)`.
 
 A kernel matrix of N points has N\ :sup:`2` entries; at 200,000 points that is 160 GB. All that most methods want of it
-is ``K @ v``, which :func:`gram_product` computes tile by tile; :func:`gram_solve` solves ``(K + noise I) a = b`` with it
-by preconditioned conjugate gradients, and :func:`nystroem` and :func:`random_features` replace K by a product of thin
-matrices.
+is ``K @ v``, which :func:`gram_product` computes tile by tile; :func:`gram_solve` solves ``(K + noise I) a = b`` with
+it by preconditioned conjugate gradients, and :func:`nystroem` and :func:`random_features` replace K by a product of
+thin matrices.
 
 Sources: Charlier et al., 2021, "KeOps", arXiv:2004.11127 (products); Frangella, Tropp and Udell, 2023, arXiv:2110.02820
 (preconditioner); Rahimi and Recht, 2007, "Random features" (doi:10.5555/2981562.2981710).

@@ -56,7 +56,7 @@ def gram_solve(
         length_scale: As in :func:`~dynakern.ops.gram_product`.
         tolerance: Stop when every column's residual is below this share of its right-hand side.
         max_iterations: Stop there with a warning.
-        landmarks: Rank of the preconditioner; about :math:`5 \sqrt N` by default, at least 1 and at most 1000; 0 for none.
+        landmarks: Rank of the preconditioner; about :math:`5 \sqrt N` by default, from 1 to 1000; 0 for none.
         generator: Draws the landmarks.
         jobs: As in :func:`~dynakern.ops.gram_product`.
 
