@@ -30,7 +30,9 @@ def _title(metric: str) -> str:
 
 
 def _metric_names(comparison: Comparison) -> list[str]:
-    return next((list(s.metrics) for s in comparison.summaries if s.metrics), [comparison.task.headline])
+    """All metrics in order of first appearance: not every competitor has every one."""
+    found = dict.fromkeys(metric for s in comparison.summaries for metric in s.metrics)
+    return list(found) or [comparison.task.headline]
 
 
 def format_row(comparison: Comparison, summary: Summary) -> list[str]:

@@ -1,10 +1,9 @@
-"""The command line: parses, calls, prints; nothing else."""
+"""``dynakern compare``: one command a task, one way to run and print a comparison."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,123 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from dynakern.cli.console import JsonOption, make_console
 
-    from dynakern.catalog import System
-    from dynakern.claims.run import ClaimResult
+if TYPE_CHECKING:
     from dynakern.compare import Comparison, JobRow
 
-app = typer.Typer(
-    name="dynakern",
-    help="Dynamic kernels for Python: compare them on your own data and re-measure what their papers claim.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+__all__ = ["compare_app"]
+
 compare_app = typer.Typer(
     help="Compare kernels and baselines on your own data: a table of scores and costs, database rows, an HTML report.",
     no_args_is_help=True,
 )
-app.add_typer(compare_app, name="compare")
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
-
-
-def main() -> None:
-    """Run the command line: exit 0 done, 1 fell short or a job failed, 2 bad usage or input."""
-    try:
-        app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        if os.environ.get("DYNAKERN_TRACEBACK"):
-            raise
-        _fail(str(error))
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `dynakern list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
-def _fail(message: str) -> None:
-    print(f"dynakern: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    # A pipe has no width of its own: wide enough that no cell of a table is cut there.
-    width = None if stream.isatty() else 160
-    return Console(stderr=stderr, highlight=False, width=width, no_color=None if stream.isatty() else True)
-
-
-@app.command("list")
-def list_command(
-    wing: Annotated[str | None, typer.Option(help="Only the systems of one wing, e.g. sequence.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the systems: name, what it is, where it lives, what it can be compared on."""
-    from dynakern.catalog import SYSTEMS
-    from dynakern.checks import unknown_name
-
-    wings = sorted({s.wing for s in SYSTEMS})
-    if wing is not None and wing not in wings:
-        raise ValueError(unknown_name("wing", wing, wings))
-    chosen = [s for s in SYSTEMS if wing in (None, s.wing)]
-    if as_json:
-        print(json.dumps([_facts(s) for s in chosen], indent=1))
-        return
-    from rich.table import Table
-
-    table = Table("name", "wing", "what it is", "compare", box=None, pad_edge=False, header_style="bold")
-    for s in chosen:
-        table.add_row(s.slug, s.wing, s.title, ", ".join(sorted(s.tasks)) or "-")
-    console = _console()
-    console.print(table)
-    if console.is_terminal:
-        console.print(f"\n{len(chosen)} systems. [dim]dynakern show NAME[/dim] tells more about one.")
-
-
-def _facts(s: System) -> dict[str, Any]:
-    return {
-        "name": s.slug,
-        "title": s.title,
-        "paper": s.paper,
-        "wing": s.wing,
-        "kind": s.kind,
-        "public names": [name.replace(":", ".") for name in s.names],
-        "variants": list(s.variants),
-        "compare": sorted(s.tasks),
-        "claim": f"dynakern claim {s.slug}",
-    }
-
-
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A system or a model variant, as `dynakern list` prints it.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Show one system: its paper, public names, variants and tasks; or one model variant and its arguments."""
-    from dynakern.catalog import SYSTEMS, find_system
-    from dynakern.models import list_models, model_info
-
-    if name not in [s.slug for s in SYSTEMS] and name in list_models():
-        facts: dict[str, Any] = dict(model_info(name))
-    else:
-        facts = _facts(find_system(name))
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(f"[dim]{key}[/dim]", ", ".join(value) if isinstance(value, list) else str(value))
-    _console().print(table)
 
 
 @compare_app.command("forecast")
@@ -262,6 +155,115 @@ def compare_classify_images(
     _compare(task, data or Path("digits"), systems, seeds, budget, out, jobs, cluster, device, quiet, as_json)
 
 
+TableArgument = Annotated[str, typer.Argument(help="CSV with a header, file of numbers, or sklearn:NAME.")]
+SystemsOption = Annotated[str | None, typer.Option(help="Comma-separated names; all that can by default.")]
+SeedsOption = Annotated[int, typer.Option(help="Runs of each competitor, for the spread.")]
+RowsOption = Annotated[int | None, typer.Option(help="Train on at most so many rows, drawn at random.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of results and report; run again to resume there.")]
+JobsOption = Annotated[int, typer.Option(help="Local processes that train at the same time; -1 for one a core.")]
+ClusterOption = Annotated[str | None, typer.Option(help="Dask scheduler tcp://host:port, or 'ray'.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the table only.")]
+TargetOption = Annotated[str | None, typer.Option(help="Column to predict; the last one by default.")]
+
+
+@compare_app.command("classify")
+def compare_classify(
+    data: TableArgument,
+    target: TargetOption = None,
+    rows: RowsOption = None,
+    systems: SystemsOption = None,
+    seeds: SeedsOption = 3,
+    out: OutOption = None,
+    jobs: JobsOption = 1,
+    cluster: ClusterOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which kernels classify the rows of this table best, and at what cost?
+
+    NAME_test_0.txt beside NAME.txt holds the numbers of the test rows; other tables are split 75/25, stratified.
+    Baselines: logistic regression, an RBF support vector machine, gradient boosting.
+
+    [bold]Examples[/bold]
+
+    dynakern compare classify sklearn:wine --seeds 1
+
+    dynakern compare classify patients.csv --target diagnosis
+    """
+    from dynakern.data.tables import read_sample_table
+    from dynakern.tasks.classify import ClassifyTask
+
+    task = ClassifyTask(read_sample_table(data, target=target), max_rows=rows)
+    _compare(task, _stem(data), systems, seeds, _ONE_FIT, out, jobs, cluster, None, quiet, as_json)
+
+
+@compare_app.command("regress")
+def compare_regress(
+    data: TableArgument,
+    target: TargetOption = None,
+    rows: RowsOption = None,
+    systems: SystemsOption = None,
+    seeds: SeedsOption = 3,
+    out: OutOption = None,
+    jobs: JobsOption = 1,
+    cluster: ClusterOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which kernels predict a number from the rows of this table best, how sure are they, and at what cost?
+
+    Scores are in the units of the table; NLL and coverage where a competitor knows its uncertainty. Baselines: Bayesian
+    ridge, an RBF support vector machine, gradient boosting.
+
+    [bold]Examples[/bold]
+
+    dynakern compare regress sklearn:diabetes --seeds 1
+
+    dynakern compare regress houses.csv --target price --rows 2000
+    """
+    from dynakern.data.tables import read_sample_table
+    from dynakern.tasks.regress import RegressTask
+
+    task = RegressTask(read_sample_table(data, target=target), max_rows=rows)
+    _compare(task, _stem(data), systems, seeds, _ONE_FIT, out, jobs, cluster, None, quiet, as_json)
+
+
+@compare_app.command("density")
+def compare_density(
+    data: TableArgument,
+    target: Annotated[str | None, typer.Option(help="Column to leave out, such as a label.")] = None,
+    rows: RowsOption = None,
+    systems: SystemsOption = None,
+    seeds: SeedsOption = 3,
+    out: OutOption = None,
+    jobs: JobsOption = 1,
+    cluster: ClusterOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which kernels say best how probable a row is, and at what cost?
+
+    Baselines: a normal distribution, a mixture of four, and scikit-learn's kernel density with the bandwidth of Scott's
+    rule or by cross-validation.
+
+    [bold]Example[/bold]
+
+    dynakern compare density sklearn:digits --seeds 1
+    """
+    from dynakern.data.tables import read_sample_table
+    from dynakern.tasks.density import DensityTask
+
+    task = DensityTask(read_sample_table(data, target=target, supervised=False), max_rows=rows)
+    _compare(task, _stem(data), systems, seeds, _ONE_FIT, out, jobs, cluster, None, quiet, as_json)
+
+
+_ONE_FIT = "1ep"  # estimators are fitted once: they know no budget
+
+
+def _stem(data: str) -> Path:
+    return Path(data.removeprefix("sklearn:"))
+
+
 def _check_budget_and_device(budget: str, device: str | None) -> None:
     import torch
 
@@ -294,7 +296,7 @@ def _compare(
     chosen = None if systems is None else [name.strip() for name in systems.split(",") if name.strip()]
     silent = quiet or as_json
     if not silent:
-        _console(stderr=True).print(task.describe())
+        make_console(stderr=True).print(task.describe())
     with _job_progress(silent) as (report_job, progress):
         comparison = run_comparison(
             task,
@@ -331,7 +333,7 @@ def _job_progress(silent: bool) -> Iterator[tuple[Any, Any]]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = _console(stderr=True)
+    console = make_console(stderr=True)
 
     def job_text(name: str, seed: int, row: JobRow | None) -> str:
         assert row is not None
@@ -373,11 +375,11 @@ def _print_comparison(comparison: Comparison, report: Path, quiet: bool) -> None
         cells = format_row(comparison, summary)
         cells[0] += " *" if summary.is_baseline else ""
         table.add_row(*cells, style="bold" if index == 0 else None)
-    console = _console()
+    console = make_console()
     console.print(table)
     for summary in comparison.summaries:
         for error in summary.errors:
-            _console(stderr=True).print(f"{summary.competitor} failed, {error}", style="red", markup=False)
+            make_console(stderr=True).print(f"{summary.competitor} failed, {error}", style="red", markup=False)
     if not quiet:
         console.print("\n* baseline. Best first; mean ± spread over seeds on the whole test part, lower is better.")
         console.print(f"Report: {report}\nRows:   {comparison.store.path}", soft_wrap=True)
@@ -391,159 +393,3 @@ def _comparison_as_dict(comparison: Comparison, report: Path) -> dict[str, Any]:
         row["metrics"] = {k: {"mean": mean, "std": std} for k, (mean, std) in row["metrics"].items()}
     settings = {**comparison.task.settings(), "budget": str(comparison.budget), "seeds": comparison.seeds}
     return {"settings": settings, "results": rows, "report": str(report), "database": str(comparison.store.path)}
-
-
-@app.command()
-def lens(
-    name: Annotated[str | None, typer.Argument(help="A model variant, as `dynakern show SYSTEM` lists them.")] = None,
-    model: Annotated[str | None, typer.Option(help="Your own: file.py:function, which returns a torch module.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint to load; random weights without.")] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--input", help="Picture to crop inputs from; two photographs.")
-    ] = None,
-    shape: Annotated[str | None, typer.Option(help="Random inputs of this shape instead: 96,7 or 3,64,64.")] = None,
-    size: Annotated[int, typer.Option(help="Side of the crops.")] = 128,
-    inputs: Annotated[int, typer.Option(help="Number of inputs, at least 2.")] = 6,
-    out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and inputs.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw the kernel that a network applies: how far it sees, how it changes with the input, what it costs.
-
-    [bold]Examples[/bold]
-
-    dynakern lens unireplknet_a --input photo.jpg
-
-    dynakern lens --model mine.py:network --shape 3,64,64
-    """
-    import torch
-
-    from dynakern.data.images import read_image
-    from dynakern.lens import look
-    from dynakern.lens.look import load_function, sample_crops
-    from dynakern.models import create_model, load_official
-
-    if (name is None) == (model is None):
-        raise ValueError("Name one of the library's models, or give --model file.py:function.")
-    if inputs < 2:
-        raise ValueError(f"--inputs must be at least 2, got {inputs}.")
-    if shape is not None and picture is not None:
-        raise ValueError("--shape and --input exclude each other.")
-    torch.manual_seed(seed)
-    network = create_model(name) if name is not None else load_function(str(model))()
-    if not isinstance(network, torch.nn.Module):
-        raise TypeError(f"{model} must return a torch.nn.Module, got {type(network).__name__}.")
-    if weights is not None:
-        load_official(network, weights)
-    if shape is not None:
-        sizes = _shape(shape)
-        x = torch.randn(inputs, *sizes, generator=torch.Generator().manual_seed(seed))
-    else:
-        x = sample_crops(size, inputs, picture=None if picture is None else read_image(picture), seed=seed)
-    result = look(network, x, name=name or str(model))
-    target = result.save(out or Path(f"dynakern-lens-{name or Path(str(model)).stem.partition(':')[0]}.png"))
-    if as_json:
-        print(json.dumps({**result.summary(), "picture": str(target)}, indent=1))
-        return
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in result.summary().items():
-        table.add_row(
-            f"[dim]{key}[/dim]", "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        )
-    console = _console()
-    console.print(table)
-    console.print(f"Picture: {target}", soft_wrap=True)
-
-
-def _shape(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--shape must be whole numbers with commas, like 3,64,64, got {text!r}.") from error
-    if min(sizes) < 1:
-        raise ValueError(f"--shape must be positive, got {text!r}.")
-    return sizes
-
-
-@app.command()
-def claim(
-    name: Annotated[str, typer.Argument(help="The system whose paper's claim is measured.")],
-    part: Annotated[str | None, typer.Option(help="Only this part of the claim.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Write claim_NAME.json into this folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure what a paper claims, beside a baseline, on this machine: it holds or it falls short.
-
-    Exit 0: holds. 1: falls short. 2: bad usage. 3: not measurable here (data, an extra or a device is missing).
-    """
-    from dynakern.claims.run import run_claim
-
-    results = []
-    with _claim_progress(quiet or as_json) as progress:
-        for result in run_claim(name, only=part, progress=progress):
-            results.append(result)
-            if not as_json:
-                _print_claim(result)
-    document = _claim_record(name, results)
-    if as_json:
-        print(json.dumps(document, indent=1))
-    if record is not None:
-        record.mkdir(parents=True, exist_ok=True)
-        temporary = record / f"claim_{name}.json.tmp"
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        temporary.replace(record / f"claim_{name}.json")
-    verdicts = {result.verdict for result in results}
-    raise typer.Exit(1 if "falls short" in verdicts else 3 if "not measurable" in verdicts else 0)
-
-
-def _claim_record(name: str, results: list[ClaimResult]) -> dict[str, Any]:
-    import datetime
-
-    from dynakern.measure import describe_environment
-
-    return {
-        "slug": name,
-        "date": datetime.date.today().isoformat(),
-        "environment": describe_environment(),
-        "parts": [result.as_dict() for result in results],
-    }
-
-
-@contextlib.contextmanager
-def _claim_progress(silent: bool) -> Iterator[Any]:
-    console = _console(stderr=True)
-    if silent or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("measuring", total=1.0)
-        yield lambda text, fraction: bars.update(task, description=text, completed=fraction)
-
-
-def _print_claim(result: ClaimResult) -> None:
-    from rich.table import Table
-
-    console = _console()
-    style = {"holds": "green", "falls short": "red"}.get(result.verdict, "yellow")
-    title = f"{result.part.replace('_', ' ')}: [{style}]{result.verdict}[/{style}] ({result.seconds:.0f} s)"
-    console.print(title)
-    if result.description:
-        console.print(f"  {result.description}", style="dim", markup=False)
-    if result.not_measurable:
-        console.print(f"  {result.not_measurable}", markup=False)
-    table = Table("figure", "measured", "baseline", "bound", "", box=None, header_style="dim", padding=(0, 2))
-    for m in result.measurements:
-        verdict = {True: "holds", False: "falls short", None: ""}[m.holds]
-        baseline = "-" if m.baseline is None else f"{m.baseline:.4g}"
-        table.add_row(m.name, f"{m.value:.4g} {m.unit}", baseline, m.bound, verdict)
-    console.print(table)
-
-
-if __name__ == "__main__":
-    main()
