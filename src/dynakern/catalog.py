@@ -415,6 +415,25 @@ SYSTEMS: tuple[System, ...] = (
         tasks={"classify-images": "dynakern.vision.terminator:classify_images"},
         golden="hyperzzw",
     ),
+    System(
+        slug="density",
+        title="kernel densities in many dimensions, and which of their regimes one is in",
+        paper="Biroli & Mezard, 2024, arXiv:2408.05807",
+        wing="similarity",
+        kind="estimator",
+        names=(
+            "dynakern.similarity:HighDimKDE",
+            "dynakern.similarity:kde_phases",
+            "dynakern.similarity:KDEPhases",
+            "dynakern.similarity.density:Diagnosis",
+            "dynakern.similarity.density:expected_log_partition",
+            "dynakern.similarity.density:expected_participation",
+            "dynakern.ops:kernel_sums",
+        ),
+        tasks={"density": "dynakern.similarity.density:density"},
+        cli="dynakern.similarity.density.command:main",
+        golden="kde",
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from dynakern.ops.fft_conv import fft_conv
 from dynakern.ops.flash_rnn import flash_rnn
 from dynakern.ops.gram import gram_product, gram_solve, nystroem, random_features
 from dynakern.ops.inception_conv import inception_conv
+from dynakern.ops.kernel_sums import kernel_sums
 from dynakern.ops.scan2d import scan2d
 from dynakern.ops.selective_scan import selective_scan
 from dynakern.ops.ska import ska
@@ -32,6 +33,7 @@ __all__ = [
     "gram_product",
     "gram_solve",
     "inception_conv",
+    "kernel_sums",
     "nystroem",
     "random_features",
     "scan2d",

@@ -1,8 +1,12 @@
 """Kernels between data points: infinite networks, Gaussian processes, densities, quantum states, private sums."""
 
+from dynakern.similarity.density import HighDimKDE, KDEPhases, kde_phases
 from dynakern.similarity.kernel import SimilarityKernel, to_gpytorch
 
 __all__ = [
+    "HighDimKDE",
+    "KDEPhases",
     "SimilarityKernel",
+    "kde_phases",
     "to_gpytorch",
 ]
