@@ -2,10 +2,15 @@
 
 from dynakern.similarity.density import HighDimKDE, KDEPhases, kde_phases
 from dynakern.similarity.kernel import SimilarityKernel, to_gpytorch
+from dynakern.similarity.private import PrivacyAccountant, PrivateDistanceSum, PrivateKDE, PrivateSimilarityClassifier
 
 __all__ = [
     "HighDimKDE",
     "KDEPhases",
+    "PrivacyAccountant",
+    "PrivateDistanceSum",
+    "PrivateKDE",
+    "PrivateSimilarityClassifier",
     "SimilarityKernel",
     "kde_phases",
     "to_gpytorch",
