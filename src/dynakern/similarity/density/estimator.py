@@ -81,7 +81,7 @@ class HighDimKDE(DensityMixin, BaseEstimator):
             clustered data); ``"scott"`` :math:`n^{-1/(d+4)}` and ``"silverman"`` :math:`(n (d+2)/4)^{-1/(d+4)}`, both
             times the root of the mean variance. With weights n is :math:`(\sum v)^2 / \sum v^2`.
         algorithm: ``"exact"``: every pair, to rounding. ``"tree"``: scores by scikit-learn's ``KernelDensity``, whose
-            tree is faster in few dimensions; where it must refine a far too large bound it is left with what the
+            tree can skip far points; where it must refine a far too large bound it is left with what the
             subtraction lost (off by 11 nats at d = 16, h = 0.4, and finite where no point is inside a compact kernel).
 
     Attributes:
