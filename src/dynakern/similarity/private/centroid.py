@@ -7,6 +7,7 @@ import warnings
 from fractions import Fraction
 from typing import Any, ClassVar, Self
 
+import numba
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
@@ -19,25 +20,33 @@ __all__ = ["PrivateSimilarityClassifier", "release_centroids"]
 _BITS = 12  # a row of length one has 4096 steps of the grid: fine beside any useful noise
 
 
-def _unit_steps(X: np.ndarray, bits: int) -> np.ndarray:
-    """Scale rows to at most length one, in steps of 2^-bits towards zero, ``(N, P)``, int64.
+@numba.njit(cache=True, nogil=True)
+def _add_rows(X, labels, unit, sums, counts):  # pragma: no cover - compiled
+    """Scale each row to at most length one, in steps of 1 / unit towards zero, and add it to its class.
 
-    The squared length is summed feature by feature, so that a row's last bits do not depend on the other rows; the
-    margin pays for its rounding.
+    Feature by feature and without fastmath, so that a row's integers do not depend on other rows.
     """
-    largest = np.abs(X).max(1, keepdims=True)
-    scaled = X / np.where(largest > 0, largest, 1.0)
-    square = np.zeros(len(X))
-    for column in scaled.T:
-        square += column * column
-    length = np.sqrt(np.maximum(square, 1e-300))[:, None]
-    return np.trunc(scaled / length * (2.0**bits * (1 - 1e-9))).astype(np.int64)
+    for i in range(len(X)):
+        largest, square, label = 0.0, 0.0, labels[i]
+        for value in X[i]:
+            largest = max(largest, abs(value))
+        counts[label] += 1
+        if largest < 1e-290:  # a row of zeros, to all intents
+            continue
+        scale = 1.0 / largest
+        for value in X[i]:
+            square += (value * scale) * (value * scale)
+        length = unit / math.sqrt(square)
+        for k in range(X.shape[1]):
+            sums[label, k] += np.int64(np.trunc((X[i, k] * scale) * length))
 
 
 def _class_sums(X: np.ndarray, labels: np.ndarray, classes: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    member = (labels[:, None] == np.arange(classes)).astype(np.float64)
-    steps = _unit_steps(X, bits)
-    return (member.T @ steps).astype(np.int64), member.sum(0).astype(np.int64)  # integers below 2^53: exact
+    """Return the exact sums in steps of 2^-bits, ``(C, P)``, and the counts, ``(C,)``."""
+    sums, counts = np.zeros((classes, X.shape[1]), dtype=np.int64), np.zeros(classes, dtype=np.int64)
+    unit = 2.0**bits * (1 - 1e-9)  # the margin pays for rounding
+    _add_rows(np.ascontiguousarray(X), np.ascontiguousarray(labels, dtype=np.int64), unit, sums, counts)
+    return sums, counts
 
 
 def release_centroids(
@@ -128,7 +137,8 @@ class PrivateSimilarityClassifier(Released, ClassifierMixin, BaseEstimator):
             ValueError: A parameter is out of range, a label is none of ``classes``, or the budget is spent.
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
+        if y.dtype.kind not in "biu":  # whole numbers are labels
+            check_classification_targets(y)
         factor = self._check_privacy()
         if 0 < 1 / len(X) <= self.delta:
             warnings.warn(f"delta = {self.delta:g} is not below 1 / n: whole rows may be published.", stacklevel=2)

@@ -287,7 +287,8 @@ def release_moments(X: np.ndarray, noise: np.ndarray | float, *, bounds: Any, gr
     """
     X = np.asarray(X, dtype=np.float64)
     centre, step, half = _moment_grid(bounds, X.shape[1], grid_size)
-    h = np.clip(np.floor((X - centre) / step + 0.5), -half, half).astype(np.int64)
+    inside = np.clip(X, *check_bounds(bounds, X.shape[1]))
+    h = np.clip(np.floor((inside - centre) / step + 0.5), -half, half).astype(np.int64)
     return np.concatenate([[len(h)], h.sum(0), [(h * h).sum()]]) + np.asarray(noise, dtype=np.float64)
 
 
@@ -351,7 +352,7 @@ class PrivateDistanceSum(Released, BaseEstimator):
         n_features_in_: P.
 
     Example:
-        >>> X = np.random.default_rng(0).uniform(size=(2000, 2))
+        >>> X = np.random.default_rng(0).uniform(size=(50_000, 2))
         >>> estimator = PrivateDistanceSum(epsilon=1.0, bounds=(0.0, 1.0), noise_source="exact").fit(X)
         >>> exact = np.abs(X - 0.25).sum()
         >>> bool(abs(estimator.sum([[0.25, 0.25]])[0] / exact - 1) < 0.5)

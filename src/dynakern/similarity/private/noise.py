@@ -5,7 +5,7 @@ of floating-point numbers can leak (Mironov, 2012). To it is added, independentl
 noise, :math:`P(k) \propto e^{-|k| / b}` with :math:`b \ge \Delta_1 / \varepsilon`, or discrete Gaussian noise,
 :math:`P(k) \propto e^{-k^2 / 2 \sigma^2}` with :math:`\sigma^2 \ge \Delta_2^2 / 2 \rho`. OpenDP draws it where it is
 installed; otherwise the rejection samplers of Canonne, Kamath & Steinke, 2020, arXiv:2004.00010 (algorithms 1 to 3) do,
-here vectorised, with ``os.urandom`` as their only randomness and integers as their only numbers.
+here compiled, with ``os.urandom`` as their only randomness and integers as their only numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, NoReturn, Self
 
+import numba
 import numpy as np
 from scipy.stats import beta
 from sklearn.utils.validation import check_is_fitted
@@ -43,59 +44,104 @@ def _exact(value: float) -> Fraction:
 # ---- the sampler -----------------------------------------------------------------------------------------------------
 
 
-def _uniform_below(bound: int, size: int) -> np.ndarray:
-    """Draw integers uniformly from 0 .. bound - 1, exactly: masked words, drawn again when too large."""
-    out, missing = np.empty(size, dtype=np.int64), np.arange(size)
-    mask = np.uint64((1 << (bound - 1).bit_length()) - 1)
-    while missing.size:
-        words = (np.frombuffer(os.urandom(8 * missing.size), dtype=np.uint64) & mask).astype(np.int64)
-        fits = words < bound
-        out[missing[fits]] = words[fits]
-        missing = missing[~fits]
-    return out
+@numba.njit(cache=True, nogil=True)
+def _uniform_below(words, at, bound):  # pragma: no cover - compiled
+    """Draw from 0 .. bound - 1: masked words, drawn again when too large. Returns its place too, -1 at the end."""
+    mask = np.uint64(bound - 1)
+    for shift in (1, 2, 4, 8, 16, 32):
+        mask |= mask >> np.uint64(shift)
+    while at < len(words):
+        value = np.int64(words[at] & mask)
+        at += 1
+        if value < bound:
+            return value, at
+    return np.int64(0), np.int64(-1)
 
 
-def _bernoulli_exp_fraction(numerator: np.ndarray, denominator: int) -> np.ndarray:
-    r"""Draw :math:`\mathrm{Bernoulli}(e^{-n / m})` for :math:`0 \le n \le m` (algorithm 1, the case up to one)."""
-    heads, going, k = np.zeros(len(numerator), dtype=bool), np.arange(len(numerator)), 1
-    while going.size:
-        goes_on = _uniform_below(denominator * k, going.size) < numerator[going]
-        heads[going[~goes_on]] = k % 2 == 1
-        going, k = going[goes_on], k + 1
-    return heads
+@numba.njit(cache=True, nogil=True)
+def _coin(words, at, numerator, denominator):  # pragma: no cover - compiled
+    """Draw Bernoulli(exp(-numerator / denominator)), algorithm 1; arguments of at most 2^52."""
+    for _ in range(numerator // denominator):
+        heads, at = _coin_below_one(words, at, 1, 1)
+        if not heads:
+            return False, at
+    return _coin_below_one(words, at, numerator % denominator, denominator)
 
 
-def _bernoulli_exp(numerator: np.ndarray, denominator: int) -> np.ndarray:
-    r"""Draw :math:`\mathrm{Bernoulli}(e^{-n / m})` for :math:`n \ge 0` (algorithm 1)."""
-    whole, rest = numerator // denominator, numerator % denominator
-    heads = np.ones(len(numerator), dtype=bool)
-    alive = np.flatnonzero(whole > 0)
-    while alive.size:
-        passed = _bernoulli_exp_fraction(np.ones(alive.size, dtype=np.int64), 1)
-        heads[alive[~passed]] = False
-        whole[alive] -= 1
-        alive = alive[passed]
-        alive = alive[whole[alive] > 0]
-    left = np.flatnonzero(heads)
-    heads[left] = _bernoulli_exp_fraction(rest[left], denominator)
-    return heads
+@numba.njit(cache=True, nogil=True)
+def _coin_below_one(words, at, numerator, denominator):  # pragma: no cover - compiled
+    k = np.int64(1)
+    while at >= 0:
+        value, at = _uniform_below(words, at, denominator * k)
+        if at >= 0 and value >= numerator:
+            return k % 2 == 1, at
+        k += 1
+    return False, np.int64(-1)
 
 
-def _laplace(numerator: int, denominator: int, size: int) -> np.ndarray:
-    """Draw discrete Laplace noise of scale numerator / denominator (algorithm 2)."""
-    out, missing = np.empty(size, dtype=np.int64), np.arange(size)
-    while missing.size:
-        u = _uniform_below(numerator, missing.size)
-        kept = np.flatnonzero(_bernoulli_exp_fraction(u, numerator))
-        v, going = np.zeros(kept.size, dtype=np.int64), np.arange(kept.size)
-        while going.size:  # a geometric variable: how often Bernoulli(1/e) comes up in a row
-            going = going[_bernoulli_exp_fraction(np.ones(going.size, dtype=np.int64), 1)]
-            v[going] += 1
-        magnitude = (u[kept] + numerator * v) // denominator
-        negative = _uniform_below(2, kept.size).astype(bool)
-        valid = ~(negative & (magnitude == 0))  # zero must not count twice
-        out[missing[kept[valid]]] = np.where(negative, -magnitude, magnitude)[valid]
-        missing = np.delete(missing, kept[valid])
+@numba.njit(cache=True, nogil=True)
+def _one_laplace(words, at, top, bottom):  # pragma: no cover - compiled
+    """Draw discrete Laplace noise of scale top / bottom, algorithm 2."""
+    while at >= 0:
+        u, at = _uniform_below(words, at, top)
+        if at < 0:
+            break
+        kept, at = _coin_below_one(words, at, u, top)
+        if not kept:
+            continue
+        v, more = np.int64(0), True
+        while more:  # a geometric variable: how often Bernoulli(1/e) comes up in a row
+            more, at = _coin_below_one(words, at, 1, 1)
+            v += more
+        if at < 0:
+            break
+        magnitude = (u + top * v) // bottom
+        negative, at = _uniform_below(words, at, 2)
+        if at >= 0 and not (negative and magnitude == 0):  # zero must not count twice
+            return -magnitude if negative else magnitude, at
+    return np.int64(0), np.int64(-1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _one_gaussian(words, at, sigma):  # pragma: no cover - compiled
+    """Draw discrete Gaussian noise, algorithm 3."""
+    while at >= 0:
+        y, at = _one_laplace(words, at, sigma, np.int64(1))
+        if at < 0:
+            break
+        kept, at = _coin(words, at, (abs(y) - sigma) ** 2, 2 * sigma * sigma)
+        if kept:
+            return y, at
+    return np.int64(0), np.int64(-1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(words, out, first, gaussian, top, bottom):  # pragma: no cover - compiled
+    """Draw until ``out`` or the words end; return how many are drawn and the word at which the next one starts."""
+    at = np.int64(0)
+    for i in range(first, len(out)):
+        if gaussian:
+            value, after = _one_gaussian(words, at, top)
+        else:
+            value, after = _one_laplace(words, at, top, bottom)
+        if after < 0:
+            return i, at
+        out[i], at = value, after
+    return len(out), at
+
+
+def _draw(size: int, gaussian: bool, top: int, bottom: int) -> np.ndarray:
+    """Draw noise from the operating system's words.
+
+    A draw that reaches the end of the words starts again with the same words and more of them, never with others:
+    what it has seen is not thrown away, so that its law is not bent.
+    """
+    out, done, words = np.empty(size, dtype=np.int64), 0, np.empty(0, dtype=np.uint64)
+    while done < size:
+        fresh = os.urandom(8 * min(1 << 16, 20 * (size - done) + 64))
+        words = np.concatenate([words, np.frombuffer(fresh, dtype=np.uint64)])
+        done, used = _fill(words, out, done, gaussian, top, bottom)
+        words = words[used:]
     return out
 
 
@@ -116,7 +162,7 @@ def discrete_laplace(scale: float | Fraction, size: int) -> np.ndarray:
         size: How many.
 
     Returns:
-        ``(size,)``, int64. About a microsecond each.
+        ``(size,)``, int64.
 
     Raises:
         ValueError: ``scale`` is not positive or too large.
@@ -129,7 +175,7 @@ def discrete_laplace(scale: float | Fraction, size: int) -> np.ndarray:
     """
     exact = scale if isinstance(scale, Fraction) else _exact(scale)
     check_positive("scale", float(exact))
-    return _laplace(*_rational_above(exact), size)
+    return _draw(size, False, *_rational_above(exact))
 
 
 def discrete_gaussian(sigma: int, size: int) -> np.ndarray:
@@ -152,13 +198,7 @@ def discrete_gaussian(sigma: int, size: int) -> np.ndarray:
     check_positive("sigma", sigma, integer=True)
     if sigma > 1 << 25:
         raise ValueError(f"`sigma` must be at most 2^25, got {sigma}.")
-    out, missing = np.empty(size, dtype=np.int64), np.arange(size)
-    while missing.size:
-        y = _laplace(sigma, 1, missing.size)
-        kept = _bernoulli_exp((np.abs(y) - sigma) ** 2, 2 * sigma * sigma)
-        out[missing[kept]] = y[kept]
-        missing = missing[~kept]
-    return out
+    return _draw(size, True, sigma, 1)
 
 
 # ---- noise by budget -------------------------------------------------------------------------------------------------
@@ -223,8 +263,8 @@ def add_noise(
             noisy = _opendp_laplace(flat, l1, scale, _exact(epsilon) * share)
         else:
             noisy = flat + discrete_laplace(scale, flat.size)
-        # exact variance of the discrete Laplace: 2 q / (1 - q)^2 with q = exp(-1 / scale)
-        deviation = math.sqrt(2.0) * 0.5 / math.sinh(0.5 / float(scale))
+        rate = 1 / float(scale)  # variance 2 q / (1 - q)^2 with q = exp(-1 / scale)
+        deviation = math.sqrt(2 * math.exp(-rate)) / -math.expm1(-rate)
     else:
         rho = zcdp_budget(epsilon, delta) * float(share)
         wanted = math.sqrt(l2_squared / (2 * rho)) * (1 + 1e-12)
@@ -423,9 +463,9 @@ class Released:
         """
         check_is_fitted(self, "_released")
         settings = {k: v for k, v in self.get_params(deep=False).items() if k not in ("accountant", "random_state")}
-        settings = {k: v.tolist() if isinstance(v, np.ndarray | np.generic) else v for k, v in settings.items()}
         about = {"class": type(self).__name__, "released": self._released, "noise": self.noise_source_}
-        text = json.dumps({**about, "features": self.n_features_in_, "settings": settings})
+        about |= {"features": self.n_features_in_, "settings": settings}
+        text = json.dumps(about, default=lambda array: array.tolist())
         arrays = {name: np.array(getattr(self, name)) for name in self._arrays if hasattr(self, name)}
         return {**arrays, "settings": np.frombuffer(text.encode(), dtype=np.uint8).copy()}
 
@@ -507,6 +547,6 @@ def multiply_rows(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     sum of the library's matrix products is exact in float64, whatever the order; about 40 bits remain.
     """
     bits = (53 - math.ceil(math.log2(x.shape[1] + 1))) // 2
+    x = np.clip(x, -(2.0**400), 2.0**400)  # whether sums of larger numbers overflow depends on their order
     (x1, x2), (w1, w2) = _split(x, 1, bits), _split(weight, 0, bits)
-    with np.errstate(over="ignore", invalid="ignore"):  # the largest floats may overflow
-        return x1 @ w1 + (x1 @ w2 + x2 @ w1)
+    return x1 @ w1 + (x1 @ w2 + x2 @ w1)

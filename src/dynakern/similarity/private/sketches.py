@@ -59,7 +59,7 @@ def _add_features(turns, shifts, scale, total):  # pragma: no cover - compiled
     for i in range(turns.shape[0]):
         for j in range(turns.shape[1]):
             value = np.rint(scale * _cosine(turns[i, j] + shifts[j]))
-            if -limit <= value <= limit:  # not so for NaN, the cosine of a phase that overflowed
+            if -limit <= value <= limit:  # so that no cosine can pass its bound
                 total[j] += np.int64(value)
 
 
