@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import gammaln, logsumexp
-from sklearn.datasets import load_digits
 
 from dynakern.claims.run import Measurement, Progress
+from dynakern.data.images import load_digits
 from dynakern.measure import time_interleaved
 from dynakern.similarity.private import (
     PrivateDistanceSum,
@@ -155,7 +155,7 @@ def _private_descent(
 def classification(progress: Progress) -> Iterator[Measurement]:
     """Digits at epsilon 1, delta 1e-5: the nearest noisy mean beside softmax regression by private descent."""
     digits = load_digits()
-    X, y = np.asarray(digits.data), np.asarray(digits.target)  # pyright: ignore[reportAttributeAccessIssue]
+    X, y = digits.images.reshape(len(digits.images), -1).astype(np.float64), digits.labels.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(X))
     X, y = (X / np.linalg.norm(X, axis=1, keepdims=True))[order], y[order]
     (X, test), (y, answers) = (X[:1437], X[1437:]), (y[:1437], y[1437:])
