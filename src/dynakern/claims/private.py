@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from scipy.spatial.distance import cdist
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from dynakern.claims.run import Measurement, Progress
 from dynakern.data.images import load_digits
@@ -114,7 +114,7 @@ def _renyi_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float
         k = np.arange(order + 1)
         terms = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
         terms += (order - k) * math.log1p(-rate) + k * math.log(rate) + (k * k - k) / (2 * sigma**2)
-        renyi = steps * float(logsumexp(terms)) / (order - 1)
+        renyi = steps * np.logaddexp.reduce(terms) / (order - 1)
         gap = math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
         best = min(best, renyi + gap)
     return best
