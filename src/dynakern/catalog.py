@@ -483,6 +483,33 @@ SYSTEMS: tuple[System, ...] = (
         },
         golden="dkm",
     ),
+    System(
+        slug="quantum",
+        title="quantum feature maps, their kernels and variational classifiers, simulated",
+        paper="Havlíček et al., 2019, arXiv:1804.11326",
+        wing="similarity",
+        kind="kernel",
+        names=(
+            "dynakern.similarity:QuantumKernel",
+            "dynakern.similarity:QuantumKernelClassifier",
+            "dynakern.similarity:VariationalQuantumClassifier",
+            "dynakern.similarity:ZZFeatureMap",
+            "dynakern.similarity:ZFeatureMap",
+            "dynakern.similarity:PauliFeatureMap",
+            "dynakern.similarity:ad_hoc_data",
+            "dynakern.similarity:psd_repair",
+            "dynakern.similarity.quantum:KernelDiagnosis",
+            "dynakern.similarity.quantum:align_scale",
+            "dynakern.similarity.quantum:apply_ansatz",
+            "dynakern.similarity.quantum:diagnose",
+            "dynakern.similarity.quantum:entangling_sets",
+            "dynakern.similarity.quantum:kernel_alignment",
+            "dynakern.similarity.quantum:parity",
+            "dynakern.ops:pauli_states",
+        ),
+        tasks={"classify": "dynakern.similarity.quantum:classify"},
+        golden="quantum",
+    ),
 )
 
 

@@ -13,6 +13,7 @@ from dynakern.ops.flash_rnn import flash_rnn
 from dynakern.ops.gram import gram_product, gram_solve, nystroem, random_features
 from dynakern.ops.inception_conv import inception_conv
 from dynakern.ops.kernel_sums import kernel_sums
+from dynakern.ops.pauli_states import pauli_states
 from dynakern.ops.scan2d import scan2d
 from dynakern.ops.selective_scan import selective_scan
 from dynakern.ops.ska import ska
@@ -35,6 +36,7 @@ __all__ = [
     "inception_conv",
     "kernel_sums",
     "nystroem",
+    "pauli_states",
     "random_features",
     "scan2d",
     "selective_scan",

@@ -4,6 +4,16 @@ from dynakern.similarity.deep_kernel_machine import DKMClassifier, DKMRegressor,
 from dynakern.similarity.density import HighDimKDE, KDEPhases, kde_phases
 from dynakern.similarity.kernel import SimilarityKernel, to_gpytorch
 from dynakern.similarity.private import PrivacyAccountant, PrivateDistanceSum, PrivateKDE, PrivateSimilarityClassifier
+from dynakern.similarity.quantum import (
+    PauliFeatureMap,
+    QuantumKernel,
+    QuantumKernelClassifier,
+    VariationalQuantumClassifier,
+    ZFeatureMap,
+    ZZFeatureMap,
+    ad_hoc_data,
+    psd_repair,
+)
 
 __all__ = [
     "DKMClassifier",
@@ -11,12 +21,20 @@ __all__ = [
     "FullDKM",
     "HighDimKDE",
     "KDEPhases",
+    "PauliFeatureMap",
     "PrivacyAccountant",
     "PrivateDistanceSum",
     "PrivateKDE",
     "PrivateSimilarityClassifier",
+    "QuantumKernel",
+    "QuantumKernelClassifier",
     "SimilarityKernel",
     "SparseDKM",
+    "VariationalQuantumClassifier",
+    "ZFeatureMap",
+    "ZZFeatureMap",
+    "ad_hoc_data",
     "kde_phases",
+    "psd_repair",
     "to_gpytorch",
 ]
